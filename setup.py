@@ -1,0 +1,20 @@
+"""Builds the optional native kernels; everything else is in pyproject.toml.
+
+The kernels have a plain C interface and are loaded with ctypes, so the shared library needs neither Python's nor
+torch's headers and compiles in about two seconds. Without a C++ compiler the build goes on and torch does the work.
+"""
+
+from setuptools import Extension, setup
+
+setup(
+    ext_modules=[
+        Extension(
+            "puna.ops.native._kernels",
+            sources=["src/puna/ops/native/gemv.cpp"],
+            language="c++",
+            extra_compile_args=["-std=c++17", "-O3", "-fopenmp", "-fno-math-errno"],
+            extra_link_args=["-fopenmp"],
+            optional=True,
+        )
+    ]
+)

@@ -1,0 +1,1 @@
+"""Floor 0: configuration, console, storage, hardware. Knows nothing of models."""

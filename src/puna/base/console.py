@@ -1,0 +1,122 @@
+"""How puna talks to people: errors with a way out, human units, tables, a terminal curve.
+
+Data goes to stdout, talk to stderr. Only rank 0 of a distributed job talks.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+import os
+import sys
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from typing import Any
+
+
+class PunaError(Exception):
+    """Something a user can mend. `message` carries the numbers, `hint` the way out; the command line exits with 2."""
+
+    def __init__(self, message: str, hint: str = ""):
+        super().__init__(message)
+        self.message = message
+        self.hint = hint
+
+
+def is_main_rank() -> bool:
+    """True in a single process and on rank 0 under torchrun (which sets RANK)."""
+    return os.environ.get("RANK", "0") == "0"
+
+
+def say(text: str = "") -> None:
+    """Talk to the person: one line on stderr, from rank 0 only."""
+    if is_main_rank():
+        print(text, file=sys.stderr, flush=True)
+
+
+def emit_json(payload: dict[str, Any]) -> None:
+    """The machine-readable answer of a verb: one JSON object, the last line of stdout."""
+    if is_main_rank():
+        print(json.dumps(payload, ensure_ascii=False), flush=True)
+
+
+def count(n: float) -> str:
+    """1234567 -> '1.23M' (powers of 1000)."""
+    return _scaled(n, 1000.0, ("", "k", "M", "G", "T", "P", "E", "Z"))
+
+
+def size(n: float) -> str:
+    """Bytes in powers of 1024: 1536 -> '1.50 KiB'."""
+    return _scaled(n, 1024.0, (" B", " KiB", " MiB", " GiB", " TiB", " PiB"))
+
+
+def duration(seconds: float) -> str:
+    """75 -> '1m15s'; 3.2 -> '3.2s'."""
+    if seconds < 60:
+        return f"{seconds:.1f}s"
+    minutes, rest = divmod(round(seconds), 60)
+    hours, minutes = divmod(minutes, 60)
+    return f"{hours}h{minutes:02d}m" if hours else f"{minutes}m{rest:02d}s"
+
+
+def _scaled(n: float, base: float, units: Sequence[str]) -> str:
+    value, index = float(n), 0
+    while abs(value) >= base and index < len(units) - 1:
+        value, index = value / base, index + 1
+    return f"{value:.0f}{units[0]}" if index == 0 and value == int(value) else f"{value:.2f}{units[index]}"
+
+
+def table(rows: Sequence[Sequence[str]], header: Sequence[str] = (), title: str = "") -> str:
+    """Rows of text as an aligned plain table; columns that hold numbers are right-aligned."""
+    cells = [list(header), *map(list, rows)] if header else [list(row) for row in rows]
+    widths = [max(len(row[i]) for row in cells) for i in range(len(cells[0]))]
+    numeric = [all(row[i][:1].isdigit() or row[i][:1] in "-+" for row in rows) for i in range(len(widths))]
+
+    def line(row: Sequence[str]) -> str:
+        pairs = zip(row, widths, numeric, strict=True)
+        return "  ".join(text.rjust(w) if right else text.ljust(w) for text, w, right in pairs).rstrip()
+
+    body = [line(row) for row in cells]
+    if header:
+        body.insert(1, "  ".join("-" * w for w in widths))
+    return "\n".join([title, *body] if title else body)
+
+
+def curve(values: Sequence[float], width: int = 60, height: int = 8) -> str:
+    """A line plot in Braille dots (2 x 4 per character), with the highest and lowest value at the left edge."""
+    finite = [v for v in values if math.isfinite(v)]
+    if len(finite) < 2:
+        return "(too few points for a curve)"
+    low, high = min(finite), max(finite)
+    span = (high - low) or 1.0
+    columns, rows = width * 2, height * 4
+    grid = [[0] * width for _ in range(height)]
+    previous = None
+    for x in range(columns):
+        value = finite[round(x * (len(finite) - 1) / (columns - 1))]
+        y = round((high - value) / span * (rows - 1))
+        for dot in range(min(y, y if previous is None else previous), max(y, y if previous is None else previous) + 1):
+            grid[dot // 4][x // 2] |= _BRAILLE[dot % 4][x % 2]
+        previous = y
+    label = {0: f"{high:.2f}", height - 1: f"{low:.2f}"}
+    return "\n".join(f"{label.get(i, ''):>8} |" + "".join(chr(0x2800 + c) for c in row) for i, row in enumerate(grid))
+
+
+# Bit of each dot in a Unicode Braille cell (block U+2800), by [row][column].
+_BRAILLE = ((0x01, 0x08), (0x02, 0x10), (0x04, 0x20), (0x40, 0x80))
+
+
+@contextmanager
+def status(text: str) -> Iterator[None]:
+    """A spinner with elapsed time while something without a known length runs; one plain line when not on a terminal."""
+    if not sys.stderr.isatty() or not is_main_rank():
+        say(text)
+        yield
+        return
+    from rich.console import Console
+    from rich.progress import Progress, SpinnerColumn, TextColumn, TimeElapsedColumn
+
+    columns = (SpinnerColumn(), TextColumn("{task.description}"), TimeElapsedColumn())
+    with Progress(*columns, console=Console(stderr=True)) as progress:
+        progress.add_task(text, total=None)
+        yield

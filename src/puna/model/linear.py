@@ -1,0 +1,20 @@
+"""The only Linear in the house. Today its weight is plain; packed weights will stand behind the same call."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor, nn
+
+from puna.ops import linear as ops
+
+
+class Linear(nn.Module):
+    """y = x W^T + b. Shapes: x (T, K), weight (N, K), bias (N,) or none; returns (T, N)."""
+
+    def __init__(self, inputs: int, outputs: int, bias: bool = False):
+        super().__init__()
+        self.weight = nn.Parameter(torch.empty(outputs, inputs))
+        self.bias = nn.Parameter(torch.empty(outputs)) if bias else None
+
+    def forward(self, x_TK: Tensor) -> Tensor:
+        return ops.linear(x_TK, self.weight, self.bias)

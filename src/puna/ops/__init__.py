@@ -1,0 +1,1 @@
+"""Floor 1: pure functions on tensors. A plain-torch twin stands beside every kernel."""

@@ -1,0 +1,130 @@
+"""Who looks at whom: packed causal attention for training, cached causal attention for generation.
+
+Shapes: T tokens, H query heads, G key/value heads (H is a multiple of G), K head width, S cached positions.
+Both are frozen dataclasses with one method, handed into the model as `attend`.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+
+@dataclass(frozen=True)
+class PackedCausal:
+    """Causal attention within each of several documents that lie one after another on the token axis.
+
+    `runs`: (first token, documents, tokens per document) - neighbours of equal length share one kernel call.
+    `max_len`: tokens of the longest document (what 'dynamic' rope looks at).
+    """
+
+    runs: tuple[tuple[int, int, int], ...]
+    max_len: int
+
+    @staticmethod
+    def of(lengths: Sequence[int]) -> PackedCausal:
+        """From the token count of each document, in order."""
+        runs: list[tuple[int, int, int]] = []
+        start = 0
+        for length in lengths:
+            if runs and runs[-1][2] == length:
+                runs[-1] = (runs[-1][0], runs[-1][1] + 1, length)
+            else:
+                runs.append((start, 1, length))
+            start += length
+        return PackedCausal(tuple(runs), max(lengths, default=0))
+
+    def __call__(self, layer: int, q_THK: Tensor, k_TGK: Tensor, v_TGK: Tensor, window: int | None) -> Tensor:
+        """Attention output (T, H, K). `layer` is not looked at: nothing is remembered."""
+        outputs = [self._run(q_THK, k_TGK, v_TGK, window, *run) for run in self.runs]
+        return outputs[0] if len(outputs) == 1 else torch.cat(outputs)
+
+    def _run(
+        self, q: Tensor, k: Tensor, v: Tensor, window: int | None, start: int, documents: int, length: int
+    ) -> Tensor:
+        rows = slice(start, start + documents * length)
+
+        def heads(x: Tensor) -> Tensor:  # (documents, heads, length, K)
+            return x[rows].unflatten(0, (documents, length)).transpose(1, 2)
+
+        mask = None if window is None or window >= length else causal_mask(length, length, window, q.device)
+        out = F.scaled_dot_product_attention(
+            heads(q), heads(k), heads(v), mask, is_causal=mask is None, enable_gqa=q.shape[1] != k.shape[1]
+        )
+        return out.transpose(1, 2).reshape(documents * length, *q.shape[1:])
+
+
+@dataclass(frozen=True)
+class CachedCausal:
+    """Causal attention of new tokens over everything cached before them, for one sequence.
+
+    `keys`, `values`: (layers, G, S, K), filled up to `start`; a call writes the new tokens' rows behind that.
+    `max_len` is fixed for a sequence's whole life, so that 'dynamic' rope turns every cached key by the same table.
+    """
+
+    keys: Tensor
+    values: Tensor
+    start: int
+    max_len: int
+
+    def moved(self, start: int) -> CachedCausal:
+        """The same cache with `start` positions filled."""
+        return replace(self, start=start)
+
+    def __call__(self, layer: int, q_THK: Tensor, k_TGK: Tensor, v_TGK: Tensor, window: int | None) -> Tensor:
+        """Write the new keys and values of `layer`, then attend; returns (T, H, K)."""
+        tokens, heads, width = q_THK.shape
+        end = self.start + tokens
+        k_GSK, v_GSK = self.keys[layer], self.values[layer]
+        k_GSK[:, self.start : end] = k_TGK.transpose(0, 1)
+        v_GSK[:, self.start : end] = v_TGK.transpose(0, 1)
+        first = 0 if window is None else max(0, self.start - window + 1)
+        k_GSK, v_GSK = k_GSK[:, first:end], v_GSK[:, first:end]
+        if tokens == 1:
+            return _one_query(q_THK, k_GSK, v_GSK)
+        mask = causal_mask(tokens, end - first, window, q_THK.device) if first or self.start or window else None
+        out = F.scaled_dot_product_attention(
+            q_THK.transpose(0, 1)[None],
+            k_GSK[None],
+            v_GSK[None],
+            mask,
+            is_causal=mask is None,
+            enable_gqa=heads != k_GSK.shape[0],
+        )
+        return out[0].transpose(0, 1).reshape(tokens, heads, width)
+
+
+def _one_query(q_1HK: Tensor, k_GSK: Tensor, v_GSK: Tensor) -> Tensor:
+    """Attention of a single new token: two small batched products, no mask; queries that share a kv head go together."""
+    groups, _, width = k_GSK.shape
+    q_GRK = q_1HK.view(groups, -1, width) * width**-0.5
+    scores = torch.bmm(q_GRK, k_GSK.transpose(1, 2))
+    return torch.bmm(scores.softmax(-1), v_GSK).view(q_1HK.shape)
+
+
+def causal_mask(queries: int, keys: int, window: int | None, device: torch.device) -> Tensor:
+    """Boolean (queries, keys): may the i-th of the last `queries` positions see the j-th key?
+
+    A window of w lets a token see itself and the w - 1 before it, as Mistral and transformers count.
+    """
+    query = torch.arange(keys - queries, keys, device=device)[:, None]
+    key = torch.arange(keys, device=device)
+    mask = key <= query
+    return mask if window is None else mask & (key > query - window)
+
+
+def attention_twin(
+    q_THK: Tensor, k_TGK: Tensor, v_TGK: Tensor, document_T: Tensor, window: int | None = None
+) -> Tensor:
+    """`PackedCausal` in plain torch: one (T, T) mask from document numbers. What every fast path must equal."""
+    repeat = q_THK.shape[1] // k_TGK.shape[1]
+    k_HTK = k_TGK.repeat_interleave(repeat, 1).transpose(0, 1)
+    v_HTK = v_TGK.repeat_interleave(repeat, 1).transpose(0, 1)
+    tokens = q_THK.shape[0]
+    mask = causal_mask(tokens, tokens, window, q_THK.device) & (document_T[:, None] == document_T)
+    scores = q_THK.transpose(0, 1) @ k_HTK.transpose(1, 2) * q_THK.shape[-1] ** -0.5
+    return (scores.masked_fill(~mask, -torch.inf).softmax(-1) @ v_HTK).transpose(0, 1)

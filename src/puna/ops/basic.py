@@ -1,0 +1,138 @@
+"""Small functions every Llama is made of: normalisation, activation, and a cross-entropy that never holds all logits.
+
+Shapes: T tokens, D model width, F feed-forward width, V vocabulary, C tokens of one chunk.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+IGNORE = -100  # a target that is not scored (padding, prompt, document boundary)
+
+
+def rms_norm(x_TD: Tensor, weight_D: Tensor, eps: float) -> Tensor:
+    """Scale each token to unit root-mean-square, then by `weight_D`.
+
+    Shapes: x_TD (..., D), weight_D (D,); returns x's shape and dtype. The mean is taken in fp32: in bf16 it loses about
+    three digits at width 4096. Source: Zhang & Sennrich 2019, arXiv:1910.07467, eq. 4.
+    """
+    if x_TD.dtype == torch.float32:
+        return F.rms_norm(x_TD, weight_D.shape, weight_D, eps)
+    x32 = x_TD.to(torch.float32)
+    normed = x32 * torch.rsqrt(x32.square().mean(-1, keepdim=True) + eps)
+    return normed.to(x_TD.dtype) * weight_D
+
+
+def swiglu(gate_TF: Tensor, up_TF: Tensor) -> Tensor:
+    """silu(gate) * up. Source: Shazeer 2020, arXiv:2002.05202, section 2."""
+    return F.silu(gate_TF) * up_TF
+
+
+def cross_entropy(
+    hidden_TD: Tensor, weight_VD: Tensor, targets_T: Tensor, z_loss: float = 0.0, chunk: int = 0
+) -> tuple[Tensor, Tensor]:
+    """Sum over scored tokens of -log p(target), and the same without the z term; logits exist `chunk` tokens at a time.
+
+    Shapes: hidden_TD (T, D), weight_VD the output head (V, D), targets_T int64 with IGNORE where nothing is scored.
+    Returns (loss, nll), two fp32 scalars: `loss = nll + z_loss * sum logsumexp^2`, and only `loss` carries gradients.
+    They are sums: divide by the number of valid tokens of the whole step, so that accumulation weights tokens equally.
+    `chunk` 0 picks a size whose logits are about 32 MiB on a CPU and 512 MiB on a GPU.
+    Source of z-loss: PaLM, arXiv:2204.02311, section 5.
+    """
+    chunk = chunk or chunk_tokens(weight_VD.shape[0], hidden_TD.device.type)
+    return _ChunkedCrossEntropy.apply(hidden_TD, weight_VD, targets_T, z_loss, chunk)
+
+
+def cross_entropy_twin(
+    hidden_TD: Tensor, weight_VD: Tensor, targets_T: Tensor, z_loss: float = 0.0
+) -> tuple[Tensor, Tensor]:
+    """`cross_entropy` in plain torch, all logits at once: what the chunked one must equal."""
+    logits_TV = (hidden_TD @ weight_VD.T).to(torch.promote_types(hidden_TD.dtype, torch.float32))
+    nll = F.cross_entropy(logits_TV, targets_T, ignore_index=IGNORE, reduction="sum")
+    square = logits_TV.logsumexp(-1).square() * (targets_T != IGNORE)
+    return nll + z_loss * square.sum(), nll.detach()
+
+
+def chunk_tokens(vocab: int, device_type: str) -> int:
+    """Tokens per chunk so that a chunk of fp32 logits stays within the budget named in `cross_entropy`."""
+    budget = (512 if device_type == "cuda" else 32) * 2**20
+    return max(64, budget // (4 * vocab))
+
+
+class _ChunkedCrossEntropy(torch.autograd.Function):
+    """Gradients are made in the forward pass, while a chunk's logits are at hand: three matmuls in all, none twice.
+
+    For logits l = h W^T, lse = logsumexp(l), p = softmax(l):  d(nll)/dl = p - onehot,  d(z lse^2)/dl = 2 z lse p.
+    """
+
+    @staticmethod
+    def forward(
+        ctx: Any, hidden_TD: Tensor, weight_VD: Tensor, targets_T: Tensor, z_loss: float, chunk: int
+    ) -> tuple[Tensor, Tensor]:
+        if torch.is_autocast_enabled(hidden_TD.device.type):
+            hidden_TD = hidden_TD.to(torch.get_autocast_dtype(hidden_TD.device.type))
+        weight = weight_VD.to(hidden_TD.dtype)
+        exact = torch.promote_types(hidden_TD.dtype, torch.float32)  # fp64 stays fp64, for tests of the maths
+        need_h, need_w = ctx.needs_input_grad[0], ctx.needs_input_grad[1]
+        grad_h = torch.empty_like(hidden_TD) if need_h else None
+        grad_w = torch.zeros_like(weight_VD, dtype=exact) if need_w else None
+        loss = torch.zeros((), dtype=exact, device=hidden_TD.device)
+        nll = torch.zeros_like(loss)
+        for start in range(0, hidden_TD.shape[0], chunk):
+            rows = slice(start, start + chunk)
+            hidden_CD, targets_C = hidden_TD[rows], targets_T[rows]
+            logits_CV = (hidden_CD @ weight.T).to(exact)
+            lse_C = logits_CV.logsumexp(-1)
+            chunk_nll, chunk_z = _chunk_losses(logits_CV, lse_C, targets_C)
+            nll += chunk_nll
+            loss += chunk_nll + z_loss * chunk_z
+            if not (need_h or need_w):
+                continue
+            grad_CV = _chunk_gradient(logits_CV, lse_C, targets_C, z_loss).to(hidden_TD.dtype)
+            if grad_h is not None:
+                torch.mm(grad_CV, weight, out=grad_h[rows])
+            if grad_w is not None:
+                _accumulate(grad_w, grad_CV, hidden_CD)
+        ctx.save_for_backward(grad_h, grad_w)
+        ctx.weight_dtype = weight_VD.dtype
+        ctx.mark_non_differentiable(nll)
+        return loss, nll
+
+    @staticmethod
+    def backward(ctx: Any, grad_loss: Tensor, _: Tensor) -> tuple[Any, ...]:
+        grad_h, grad_w = ctx.saved_tensors
+        if grad_h is not None:
+            grad_h = grad_h * grad_loss.to(grad_h.dtype)
+        if grad_w is not None:
+            grad_w = (grad_w * grad_loss).to(ctx.weight_dtype)
+        return grad_h, grad_w, None, None, None
+
+
+def _chunk_losses(logits_CV: Tensor, lse_C: Tensor, targets_C: Tensor) -> tuple[Tensor, Tensor]:
+    """Summed negative log-likelihood and summed squared logsumexp of a chunk's scored tokens."""
+    scored = targets_C != IGNORE
+    target_C = logits_CV.gather(1, targets_C.where(scored, 0)[:, None])[:, 0]
+    return ((lse_C - target_C) * scored).sum(), (lse_C.square() * scored).sum()
+
+
+def _chunk_gradient(logits_CV: Tensor, lse_C: Tensor, targets_C: Tensor, z_loss: float) -> Tensor:
+    """d(loss)/d(logits) of one chunk, written over its logits."""
+    scored = targets_C != IGNORE
+    grad_CV = logits_CV.sub_(lse_C[:, None]).exp_()
+    if z_loss:
+        grad_CV *= 1 + 2 * z_loss * lse_C[:, None]
+    index = targets_C.where(scored, 0)[:, None]
+    grad_CV.scatter_add_(1, index, grad_CV.new_full(index.shape, -1.0))
+    return grad_CV.mul_(scored[:, None])
+
+
+def _accumulate(grad_VD: Tensor, grad_CV: Tensor, hidden_CD: Tensor) -> None:
+    """grad_VD += grad_CV^T hidden_CD, in fp32 also when the factors are bf16."""
+    if grad_CV.dtype == grad_VD.dtype:
+        grad_VD.addmm_(grad_CV.T, hidden_CD)
+    else:
+        grad_VD += grad_CV.T @ hidden_CD

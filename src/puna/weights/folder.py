@@ -1,0 +1,182 @@
+"""A model is a Hugging Face folder: load one into the Transformer, save one that every other tool opens.
+
+Loading streams one tensor at a time; a missing, surplus or mis-shaped tensor is an error that lists names and shapes.
+"""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import torch
+from safetensors.torch import save_file
+from torch import Tensor, nn
+
+from puna.base.console import PunaError
+from puna.base.hardware import dtype_name, parse_dtype, pick_device
+from puna.base.storage import atomic_folder, read_json, write_json
+from puna.model.spec import Spec
+from puna.model.transformer import Transformer
+from puna.text.tokenizer import Tokenizer
+from puna.weights.names import DERIVED, HUGGINGFACE, META, halves_from_pairs, names_on_disk
+from puna.weights.source import MetaSource, Source, open_source
+
+
+def load_model(
+    path: str | Path, dtype: str | torch.dtype = "float32", device: str | torch.device = "cpu", seed: int = 0
+) -> Transformer:
+    """The Transformer of a folder, or of `preset:NAME` with random weights (seeded), in eval mode.
+
+    Holds at most about 1.2x the model in memory while loading. Raises PunaError for anything incomplete.
+    """
+    dtype = parse_dtype(dtype) if isinstance(dtype, str) else dtype
+    device = pick_device(device) if isinstance(device, str) else device
+    if str(path).startswith("preset:"):
+        model = empty_model(Spec.load(path), dtype, device)
+        model.init_weights(torch.Generator(device).manual_seed(seed))
+        return model.eval()
+    folder = Path(path)
+    if not folder.is_dir():
+        raise PunaError(f"no model folder at {path}", "give a folder with config.json and *.safetensors, or preset:NAME")
+    source = open_source(folder)
+    spec = _load_spec(folder, source)
+    with torch.device("meta"):
+        model = Transformer(spec)
+    _fill(model, source, dtype, device, folder)
+    return model.eval()
+
+
+def save_model(
+    model: Transformer, path: str | Path, tokenizer: Tokenizer | None = None, max_shard_bytes: int = 5 * 10**9
+) -> Path:
+    """Write a whole Hugging Face folder at `path`, or nothing: weights, index, configs, tokenizer, chat template."""
+    with atomic_folder(Path(path)) as folder:
+        write_folder(model, folder, tokenizer, max_shard_bytes)
+    return Path(path)
+
+
+def write_folder(
+    model: Transformer, folder: Path, tokenizer: Tokenizer | None, max_shard_bytes: int = 5 * 10**9
+) -> None:
+    """The files of `save_model`, into a folder whose atomicity is the caller's."""
+    tensors = hf_state(model)
+    dtype = next(iter(tensors.values())).dtype
+    spec = model.spec.replace(dtype=dtype_name(dtype))
+    write_json(folder / "config.json", spec.to_config())
+    write_json(folder / "generation_config.json", _generation_config(spec))
+    _write_weights(tensors, folder, max_shard_bytes)
+    if tokenizer is not None:
+        tokenizer.save(folder)
+
+
+def empty_model(spec: Spec, dtype: torch.dtype, device: torch.device) -> Transformer:
+    """A Transformer whose weights are allocated but not yet filled."""
+    with torch.device("meta"):
+        model = Transformer(spec).to(dtype)
+    return model.to_empty(device=device)
+
+
+def hf_state(model: Transformer) -> dict[str, Tensor]:
+    """{Hugging Face name: tensor}, the model's own memory; a tied head is stored once, as transformers does."""
+    parameters = dict(model.named_parameters())
+    names = names_on_disk(parameters, HUGGINGFACE)
+    return {names[ours]: parameter.detach() for ours, parameter in parameters.items()}
+
+
+def _load_spec(folder: Path, source: Source) -> Spec:
+    if not isinstance(source, MetaSource):
+        return Spec.load(folder)
+    params = read_json(folder / "params.json")
+    if params.get("vocab_size", -1) <= 0:  # Llama 1 and 2 leave it to the tokenizer; the head's rows say it too
+        params["vocab_size"] = source.shapes[META["lm_head.{end}"].replace("{end}", "weight")][0]
+    source.use_embedding_cut(params["vocab_size"])
+    if META["lm_head.{end}"].replace("{end}", "weight") not in source.shapes:
+        params["tied"] = True
+    return Spec.from_params(params)
+
+
+def _fill(model: Transformer, source: Source, dtype: torch.dtype, device: torch.device, folder: Path) -> None:
+    """Give every parameter its tensor; memory grows by one tensor at a time."""
+    parameters = dict(model.named_parameters())
+    ours = {disk: name for name, disk in names_on_disk(parameters, source.table).items()}
+    _check_names(source, {disk: tuple(parameters[name].shape) for disk, name in ours.items()}, model.spec, folder)
+    tied_head = None
+    for disk, tensor in source.read():
+        if disk not in ours:
+            tied_head = tensor.to(dtype) if disk == _head_name(source) else tied_head
+            continue
+        if not tensor.is_floating_point():
+            raise PunaError(f"{disk} in {folder} holds {tensor.dtype}, not floating point", "dequantize the model first")
+        if source.table is META and ours[disk].endswith(("q_proj.weight", "k_proj.weight")):
+            tensor = halves_from_pairs(tensor, model.spec.head_dim)
+        _assign(model, ours[disk], tensor.to(device=device, dtype=dtype, copy=True))
+    if tied_head is not None and not torch.equal(tied_head.to(device), model.embed):
+        raise PunaError(
+            f"{folder} says tie_word_embeddings, but its lm_head.weight differs from the embedding",
+            "the file was saved stale; set tie_word_embeddings to false in config.json if the head is the right one",
+        )
+
+
+def _assign(model: nn.Module, name: str, tensor: Tensor) -> None:
+    module_name, _, leaf = name.rpartition(".")
+    setattr(model.get_submodule(module_name), leaf, nn.Parameter(tensor.contiguous()))
+
+
+def _head_name(source: Source) -> str:
+    return names_on_disk(["lm_head.weight"], source.table)["lm_head.weight"]
+
+
+def _check_names(source: Source, expected: dict[str, tuple[int, ...]], spec: Spec, folder: Path) -> None:
+    """Refuse anything missing, left over or of another shape, and say which."""
+    surplus = [n for n in source.shapes if n not in expected and not n.endswith(DERIVED)]
+    if spec.tie_word_embeddings:
+        surplus = [n for n in surplus if n != _head_name(source)]
+    missing = [n for n in expected if n not in source.shapes]
+    wrong = [n for n, shape in expected.items() if source.shapes.get(n, shape) != shape]
+    lines = [f"missing {n} {list(expected[n])}" for n in missing]
+    lines += [f"surplus {n} {list(source.shapes[n])}" for n in surplus]
+    lines += [f"mis-shaped {n}: file {list(source.shapes[n])}, config {list(expected[n])}" for n in wrong]
+    if lines:
+        shown = "\n  ".join(lines[:12] + ([f"... and {len(lines) - 12} more"] if len(lines) > 12 else []))
+        raise PunaError(
+            f"the weights in {folder} do not fit its config: {len(missing)} missing, {len(surplus)} surplus, "
+            f"{len(wrong)} mis-shaped of {len(expected)} tensors\n  {shown}",
+            "config.json and the weight files must come from the same model; fetch both again",
+        )
+
+
+def _generation_config(spec: Spec) -> dict[str, object]:
+    eos = list(spec.eos_token_ids)
+    ids = {"bos_token_id": spec.bos_token_id, "eos_token_id": eos[0] if len(eos) == 1 else eos or None}
+    ids["pad_token_id"] = spec.pad_token_id
+    return {name: value for name, value in ids.items() if value is not None}
+
+
+def _write_weights(tensors: dict[str, Tensor], folder: Path, max_shard_bytes: int) -> None:
+    shards = _plan_shards(tensors, max_shard_bytes)
+    if len(shards) == 1:
+        save_file(_on_cpu(tensors), folder / "model.safetensors", {"format": "pt"})
+        return
+    where = {}
+    for number, names in enumerate(shards, 1):
+        file = f"model-{number:05d}-of-{len(shards):05d}.safetensors"
+        save_file(_on_cpu({name: tensors[name] for name in names}), folder / file, {"format": "pt"})
+        where.update(dict.fromkeys(names, file))
+    total = sum(tensor.nbytes for tensor in tensors.values())
+    index = {"metadata": {"total_size": total}, "weight_map": where}
+    write_json(folder / "model.safetensors.index.json", index)
+
+
+def _plan_shards(tensors: dict[str, Tensor], max_shard_bytes: int) -> list[list[str]]:
+    shards: list[list[str]] = [[]]
+    held = 0
+    for name, tensor in tensors.items():
+        if shards[-1] and held + tensor.nbytes > max_shard_bytes:
+            shards.append([])
+            held = 0
+        shards[-1].append(name)
+        held += tensor.nbytes
+    return shards
+
+
+def _on_cpu(tensors: dict[str, Tensor]) -> dict[str, Tensor]:
+    return {name: tensor.cpu().contiguous() for name, tensor in tensors.items()}
