@@ -21,7 +21,7 @@ _HOME = {
     "LLM": "puna.engine.llm",
     "train": "puna.train.loop",
 }
-__all__ = [*_HOME, "__version__"]  # noqa: PLE0604
+__all__ = [*_HOME, "__version__"]
 
 if TYPE_CHECKING:
     from puna.base.console import PunaError

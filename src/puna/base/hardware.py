@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import ctypes
 import os
 import platform
 from functools import lru_cache
@@ -60,3 +61,22 @@ def _cpu_name() -> str:
             if line.startswith("model name"):
                 return line.split(":", 1)[1].strip()
     return platform.processor() or platform.machine()
+
+
+@lru_cache(maxsize=1)
+def keep_freed_memory() -> None:
+    """Let the C allocator keep what training frees instead of returning it to the kernel.
+
+    Each step allocates the same large tensors; by default glibc maps and unmaps them every time, and the kernel zeroes
+    every page anew. Costs nothing but the peak staying reserved. Figures: docs/log.md, 2026-11-21. Linux only.
+    """
+    try:
+        libc = ctypes.CDLL("libc.so.6")
+    except OSError:
+        return
+    libc.mallopt(_M_MMAP_MAX, 0)
+    libc.mallopt(_M_TRIM_THRESHOLD, -1)
+
+
+# glibc's malloc.h
+_M_TRIM_THRESHOLD, _M_MMAP_MAX = -1, -4

@@ -14,7 +14,6 @@ from typing import Any
 from puna.base.console import PunaError
 from puna.base.storage import read_json
 from puna.model.presets import HF_PRESETS, META_PRESETS, NAMES
-from puna.ops.rope import ROPE_TYPES, Rope
 
 # model_type in config.json -> the architecture transformers builds for it.
 ARCHITECTURES = {
@@ -23,6 +22,32 @@ ARCHITECTURES = {
     "qwen2": "Qwen2ForCausalLM",
     "qwen3": "Qwen3ForCausalLM",
 }
+
+
+ROPE_TYPES = ("default", "linear", "dynamic", "yarn", "llama3")
+
+
+@dataclass(frozen=True)
+class Rope:
+    """Frequencies of a rotary embedding, in config.json's terms.
+
+    `rope_type`: default (plain), linear, dynamic (NTK), yarn or llama3; the fields below `factor` belong to the last
+    two. `max_position_embeddings` is the trained length, used by dynamic (and by yarn when `factor` is 0).
+    """
+
+    rope_type: str = "default"
+    rope_theta: float = 10000.0
+    factor: float = 1.0
+    max_position_embeddings: int = 2048
+    original_max_position_embeddings: int = 0
+    low_freq_factor: float = 1.0
+    high_freq_factor: float = 4.0
+    beta_fast: float = 32.0
+    beta_slow: float = 1.0
+    attention_factor: float = 0.0  # 0: from mscale, mscale_all_dim and factor
+    mscale: float = 0.0
+    mscale_all_dim: float = 0.0
+    truncate: bool = True
 
 
 @dataclass(frozen=True)

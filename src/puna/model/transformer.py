@@ -12,10 +12,11 @@ from torch import Tensor, nn
 
 from puna.model.attention import Attend, Attention, RMSNorm
 from puna.model.linear import Linear
+from puna.model.rope import attention_scale, inverse_frequencies
 from puna.model.spec import Spec
 from puna.ops import linear as ops
 from puna.ops.basic import swiglu
-from puna.ops.rope import attention_scale, cos_sin, inverse_frequencies
+from puna.ops.rope import cos_sin
 
 
 class MLP(nn.Module):

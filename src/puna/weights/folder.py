@@ -5,9 +5,13 @@ Loading streams one tensor at a time; a missing, surplus or mis-shaped tensor is
 
 from __future__ import annotations
 
+import errno
+import os
+import re
 from pathlib import Path
 
 import torch
+from safetensors import SafetensorError
 from safetensors.torch import save_file
 from torch import Tensor, nn
 
@@ -151,15 +155,25 @@ def _generation_config(spec: Spec) -> dict[str, object]:
     return {name: value for name, value in ids.items() if value is not None}
 
 
+def save_tensors(tensors: dict[str, Tensor], path: Path) -> None:
+    """safetensors' writer; its own error type hides a full disk, so the operating system's number is put back."""
+    try:
+        save_file({name: tensor.cpu().contiguous() for name, tensor in tensors.items()}, path, {"format": "pt"})
+    except SafetensorError as error:
+        number = re.search(r"os error (\d+)", str(error))
+        code = int(number[1]) if number else errno.EIO
+        raise OSError(code, os.strerror(code), str(path)) from error
+
+
 def _write_weights(tensors: dict[str, Tensor], folder: Path, max_shard_bytes: int) -> None:
     shards = _plan_shards(tensors, max_shard_bytes)
     if len(shards) == 1:
-        save_file(_on_cpu(tensors), folder / "model.safetensors", {"format": "pt"})
+        save_tensors(tensors, folder / "model.safetensors")
         return
     where = {}
     for number, names in enumerate(shards, 1):
         file = f"model-{number:05d}-of-{len(shards):05d}.safetensors"
-        save_file(_on_cpu({name: tensors[name] for name in names}), folder / file, {"format": "pt"})
+        save_tensors({name: tensors[name] for name in names}, folder / file)
         where.update(dict.fromkeys(names, file))
     total = sum(tensor.nbytes for tensor in tensors.values())
     index = {"metadata": {"total_size": total}, "weight_map": where}
@@ -177,6 +191,3 @@ def _plan_shards(tensors: dict[str, Tensor], max_shard_bytes: int) -> list[list[
         held += tensor.nbytes
     return shards
 
-
-def _on_cpu(tensors: dict[str, Tensor]) -> dict[str, Tensor]:
-    return {name: tensor.cpu().contiguous() for name, tensor in tensors.items()}

@@ -1,0 +1,93 @@
+"""`puna info`: what a model is and costs. Counts come from its Spec, so a 405B answers as fast as a toy."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+from puna.base.console import count, size, table
+from puna.base.storage import read_json
+from puna.model.spec import Spec
+
+_DTYPE_BYTES = {"float32": 4, "bfloat16": 2, "float16": 2}
+CONVENTION = "training, 6 N + 12 L H Q T (PaLM appendix B): N without the embedding look-up, attention over T x T"
+
+
+def model_card(model: str, seq_len: int = 0) -> dict[str, Any]:
+    """Figures of a model folder or preset, as plain values."""
+    spec = Spec.load(model)
+    length = seq_len or spec.max_len
+    folder = Path(model)
+    width = _DTYPE_BYTES.get(spec.dtype, 2)
+    return {
+        "model": model,
+        "model_type": spec.model_type,
+        "parameters": spec.num_params(),
+        "groups": spec.group_params(),
+        "dtype": spec.dtype,
+        "weight_bytes": spec.num_params() * width,
+        "layers": spec.num_hidden_layers,
+        "hidden_size": spec.hidden_size,
+        "intermediate_size": spec.intermediate_size,
+        "heads": [spec.num_attention_heads, spec.num_key_value_heads, spec.head_dim],
+        "vocab_size": spec.vocab_size,
+        "context": spec.max_len,
+        "rope": {"type": spec.rope.rope_type, "theta": spec.rope.rope_theta, "factor": spec.rope.factor},
+        "sliding_window": next((w for w in spec.sliding_windows if w), None),
+        "flops_per_token": spec.flops_per_token(length),
+        "flops_seq_len": length,
+        "flops_convention": CONVENTION,
+        "kv_bytes_per_token": spec.kv_bytes_per_token(2),
+        "files": _files(folder) if folder.is_dir() else {},
+        "checks": _checks(folder) if folder.is_dir() else {},
+    }
+
+
+def print_card(card: dict[str, Any]) -> None:
+    """The card on stdout."""
+    heads, kv, head_dim = card["heads"]
+    total = card["parameters"]
+    rows = [
+        ("family", card["model_type"]),
+        ("parameters", f"{count(total)} ({total:,}), {size(card['weight_bytes'])} in {card['dtype']}"),
+        *((f"  {name}", f"{count(n)} ({n / total:.1%})") for name, n in card["groups"].items()),
+        ("shape", f"{card['layers']} layers, width {card['hidden_size']}, feed-forward {card['intermediate_size']}"),
+        ("attention", f"{heads} heads, {kv} key/value heads, head width {head_dim}{_window(card)}"),
+        ("vocabulary", f"{card['vocab_size']:,}"),
+        ("context", f"{card['context']:,} tokens, rope {card['rope']['type']}, theta {card['rope']['theta']:g}"),
+        ("FLOPs/token", f"{count(card['flops_per_token'])} at T = {card['flops_seq_len']:,} ({card['flops_convention']})"),
+        ("KV bytes/token", f"{card['kv_bytes_per_token']:,} in bfloat16 ({_full_context(card)} for the whole context)"),
+        *((("  " if i else "") + "files", f"{name}  {size(n)}") for i, (name, n) in enumerate(card["files"].items())),
+        *(("check", f"{name}: {result}") for name, result in card["checks"].items()),
+    ]
+    print(table([(name.ljust(16), value) for name, value in rows], title=card["model"]))
+
+
+def _window(card: dict[str, Any]) -> str:
+    return f", window {card['sliding_window']}" if card["sliding_window"] else ""
+
+
+def _full_context(card: dict[str, Any]) -> str:
+    return size(card["kv_bytes_per_token"] * card["context"])
+
+
+def _files(folder: Path) -> dict[str, int]:
+    return {
+        str(p.relative_to(folder)): p.stat().st_size
+        for p in sorted(folder.rglob("*"))
+        if p.is_file() and not p.name.startswith(".")
+    }
+
+
+def _checks(folder: Path) -> dict[str, str]:
+    """What can be said without loading the weights."""
+    checks = {}
+    index = folder / "model.safetensors.index.json"
+    if index.exists():
+        names = set(read_json(index)["weight_map"].values())
+        absent = sorted(name for name in names if not (folder / name).exists())
+        checks["shards"] = f"missing {', '.join(absent)}" if absent else f"all {len(names)} there"
+    has_template = (folder / "chat_template.jinja").exists()
+    checks["tokenizer"] = "there" if (folder / "tokenizer.json").exists() else "no tokenizer.json"
+    checks["chat template"] = "there" if has_template else "none"
+    return checks

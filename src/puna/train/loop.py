@@ -1,0 +1,325 @@
+"""Training: a recipe in, a Hugging Face folder per save out. `Trainer.step` is the whole machine."""
+
+from __future__ import annotations
+
+import dataclasses
+import math
+import os
+import signal
+import time
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from puna.base.config import as_dict, build, read_toml
+from puna.base.console import PunaError, count, curve, say, table
+from puna.base.hardware import describe, keep_freed_memory, parse_dtype, pick_device
+from puna.data.corpus import hold_out, read_documents
+from puna.data.pack import Batch
+from puna.data.stream import Stream, TokenCorpus
+from puna.model.spec import Spec
+from puna.model.transformer import Transformer
+from puna.ops.basic import cross_entropy
+from puna.text.tokenizer import Tokenizer
+from puna.train.metrics import HEADER, Metrics, plot_png, print_step
+from puna.train.optim import build_optimizer, clip_gradients, learning_rate, set_learning_rate
+from puna.train.recipe import ModelSection, Recipe
+from puna.weights.checkpoint import find_resume, list_steps, load_checkpoint, save_checkpoint, verify
+from puna.weights.folder import empty_model, load_model
+
+
+def train(recipe: str | Path | Mapping[str, Any], overrides: Mapping[str, Any] | None = None) -> dict[str, Any]:
+    """Run a recipe (a TOML file or its tables) to its end, continuing what `out` already holds.
+
+    Returns the figures and paths that the command line prints as JSON. Raises PunaError for anything a user can mend.
+    """
+    tables = recipe if isinstance(recipe, Mapping) else read_toml(recipe)
+    return Trainer(build(Recipe, tables, overrides)).run()
+
+
+class Trainer:
+    """One run on one device. Its state is the model, the optimizer, the loss scale and the number of steps done."""
+
+    def __init__(self, recipe: Recipe):
+        _check(recipe)
+        keep_freed_memory()
+        self.recipe, self.run_folder = recipe, Path(recipe.out)
+        self.device = pick_device(recipe.train.device)
+        self.dtype = parse_dtype(recipe.train.dtype)
+        self.tokenizer = Tokenizer.load(recipe.data.tokenizer or recipe.model.path)
+        documents = hold_out(read_documents(recipe.data.text), recipe.data.val_fraction)
+        corpora = [TokenCorpus.encode(part, self.tokenizer) for part in documents]
+        self.stream, self.validation = (Stream(c, recipe.data.seq_len, recipe.seed) for c in corpora)
+        self.fingerprint = corpora[0].fingerprint()
+        self.scaler = torch.amp.GradScaler(self.device.type, enabled=self.dtype == torch.float16)
+        self.step_done = 0
+        self._prepare()
+
+    def run(self) -> dict[str, Any]:
+        """Train to the last step; an interrupt saves and returns early with `interrupted`."""
+        self._print_card()
+        with _Interrupt() as interrupt:
+            while self.step_done < self.recipe.train.steps and not interrupt.seen:
+                self._one_step()
+                if self.step_done % self.recipe.checkpoint.every == 0:
+                    self._save()
+        if not (self.run_folder / f"step-{self.step_done:06d}").exists():
+            self._save()
+        return self._finish(interrupt.seen)
+
+    def step(self, batches: list[Batch]) -> tuple[float, float]:
+        """One optimizer step over micro-batches: (mean loss per scored token in nats, gradient norm).
+
+        Every scored token of the step weighs the same, however the micro-batches cut them.
+        """
+        valid = max(1, sum(batch.valid for batch in batches))
+        total = torch.zeros((), device=self.device)
+        for batch in batches:
+            loss, nll = self.loss(batch.to(self.device))
+            self.scaler.scale(loss / valid).backward()
+            total += nll
+        set_learning_rate(self.optimizer, self._learning_rate())
+        self.scaler.unscale_(self.optimizer)
+        norm = clip_gradients(self.model, self.recipe.optim.grad_clip)
+        self.scaler.step(self.optimizer)
+        self.scaler.update()
+        self.optimizer.zero_grad()
+        return (total / valid).item(), norm.item()
+
+    def loss(self, batch: Batch) -> tuple[torch.Tensor, torch.Tensor]:
+        """Summed loss and summed negative log-likelihood of a batch's scored tokens."""
+        with torch.autocast(self.device.type, self.dtype, enabled=self.dtype != torch.float32):
+            hidden = self.model(batch.tokens_T, batch.positions_T, batch.attend)
+            return cross_entropy(hidden, self.model.head_weight, batch.targets_T, self.recipe.optim.z_loss)
+
+    @torch.no_grad()
+    def validate(self) -> dict[str, float]:
+        """Loss on held-out files: windows of seq_len, none overlapping, the first tokens of each without context."""
+        data = self.recipe.data
+        nll = valid = 0.0
+        limit = max(1, self.recipe.validation.max_tokens // data.seq_len)
+        for batch in self.validation.in_order(self._micro_size(), limit):
+            nll += self.loss(batch.to(self.device))[1].item()
+            valid += batch.valid
+        loss = nll / max(1.0, valid)
+        return {"val_loss": loss, "val_bits_per_byte": loss / math.log(2) / self.validation.bytes_per_token()}
+
+    def seconds_per_step(self, repeats: int = 4) -> float:
+        """Measured time of a step's forward and backward pass, after one to warm up; nothing is updated."""
+        for repeat in range(repeats + 1):
+            if repeat == 1:
+                started = time.perf_counter()
+            for batch in self._batches():
+                (self.loss(batch.to(self.device))[0] / max(1, batch.valid)).backward()
+            self.optimizer.zero_grad()
+        return (time.perf_counter() - started) / repeats
+
+    def _one_step(self) -> None:
+        started = time.perf_counter()
+        rate = self._learning_rate()
+        loss, norm = self.step(self._batches())
+        elapsed = time.perf_counter() - started
+        self.step_done += 1
+        if not math.isfinite(loss):
+            saved = list_steps(self.run_folder)
+            raise PunaError(
+                f"the loss is {loss} at step {self.step_done} (learning rate {rate:.2e}, gradient norm {norm:.2e})",
+                f"lower --optim.lr or raise --optim.warmup_steps; {f'{saved[-1]} is whole' if saved else 'nothing saved'}",
+            )
+        tokens = self.recipe.train.batch_size * self.recipe.data.seq_len
+        row = {"step": self.step_done, "loss": loss, "lr": rate, "grad_norm": norm,
+               "tokens_per_second": tokens / elapsed, "ms": elapsed * 1000}  # fmt: skip
+        last = self.step_done == self.recipe.train.steps
+        if last or (self.recipe.validation.every and self.step_done % self.recipe.validation.every == 0):
+            row |= self.validate()
+        self.metrics.add(row)
+        self._seconds.append(elapsed)
+        if last or "val_loss" in row or self.step_done % self.recipe.train.log_every == 0:
+            recent = self._seconds[-50:]
+            print_step(row, sum(recent) / len(recent) * (self.recipe.train.steps - self.step_done))
+
+    def _batches(self) -> list[Batch]:
+        """The micro-batches of the next step: a pure function of (seed, steps done)."""
+        size, micro = self.recipe.train.batch_size, self._micro_size()
+        first = self.step_done * size
+        return [self.stream.batch(first + i, min(micro, size - i)) for i in range(0, size, micro)]
+
+    def _micro_size(self) -> int:
+        return self.recipe.train.micro_batch_size or self.recipe.train.batch_size
+
+    def _learning_rate(self) -> float:
+        return learning_rate(self.recipe.optim, self.step_done, self.recipe.train.steps)
+
+    def _prepare(self) -> None:
+        """Model, optimizer and metrics, from a save if there is one."""
+        save = self._find_save()
+        self.model = self._build_model(save)
+        if self.tokenizer.vocab_size > self.model.spec.vocab_size:
+            raise _vocab_error(self.tokenizer.vocab_size, self.model.spec.vocab_size)
+        self.model.train()
+        self.optimizer = build_optimizer(self.model, self.recipe.optim)
+        if save is not None:
+            state = load_checkpoint(save, self.model, self.optimizer)
+            _check_resume(state, self._identity(), save)
+            self.scaler.load_state_dict(state["scaler"])
+            self.step_done = state["step"]
+        self.metrics = Metrics(self.run_folder, self.step_done)
+        self._seconds: list[float] = []
+        if self.recipe.train.compile:
+            for block in self.model.layers:
+                block.compile()
+
+    def _build_model(self, save: Path | None) -> Transformer:
+        section = self.recipe.model
+        if save is not None or section.path:
+            return load_model(save or section.path, "float32", self.device)
+        spec = choose_spec(section, self.tokenizer, self.recipe.data.seq_len)
+        model = empty_model(spec, torch.float32, self.device)
+        model.init_weights(torch.Generator(self.device).manual_seed(self.recipe.seed))
+        return model
+
+    def _find_save(self) -> Path | None:
+        resume = self.recipe.checkpoint.resume
+        if resume not in ("auto", "never"):
+            if damaged := verify(Path(resume)):
+                raise PunaError(f"{resume} is damaged: {', '.join(damaged[:3])}", "resume from another step folder")
+            return Path(resume)
+        if resume == "never" and list_steps(self.run_folder):
+            raise PunaError(f"{self.run_folder} already holds saves and resume is 'never'", "choose another --out")
+        return find_resume(self.run_folder)
+
+    def _identity(self) -> dict[str, Any]:
+        """What must not change across a resume: these decide which tokens a step sees."""
+        return {
+            "data": self.fingerprint,
+            "seed": self.recipe.seed,
+            "seq_len": self.recipe.data.seq_len,
+            "batch_size": self.recipe.train.batch_size,
+        }
+
+    def _save(self) -> None:
+        state = {
+            "identity": self._identity(),
+            "scaler": self.scaler.state_dict(),
+            "recipe": as_dict(self.recipe),
+        }
+        keep = self.recipe.checkpoint.keep_last
+        saved = save_checkpoint(
+            self.run_folder, self.step_done, self.model, self.tokenizer, self.optimizer, state, keep
+        )
+        plot_png(self.metrics, self.run_folder / "loss.png", f"{self.run_folder.name}: {self.step_done} steps")
+        say(f"saved {saved}")
+
+    def _print_card(self) -> None:
+        recipe, spec = self.recipe, self.model.spec
+        tokens = recipe.train.batch_size * recipe.data.seq_len
+        epochs = recipe.train.steps * recipe.train.batch_size / self.stream.windows
+        rows = [
+            ("model", f"{spec.model_type}, {count(spec.num_params())} parameters, vocabulary {spec.vocab_size}"),
+            ("data", f"{count(len(self.stream.corpus.tokens))} tokens, {self.stream.bytes_per_token():.2f} bytes each; "
+                     f"{len(self.validation.corpus.starts)} files held out"),
+            ("run", f"{recipe.train.steps} steps of {tokens} tokens ({epochs:.2f} epochs), from step {self.step_done}"),
+            ("machine", f"{describe()}; {recipe.train.dtype}, {torch.get_num_threads()} threads"),
+            ("out", str(self.run_folder)),
+        ]  # fmt: skip
+        say(table(rows))
+        say(HEADER)
+
+    def _finish(self, interrupted: bool) -> dict[str, Any]:
+        self.metrics.close()
+        losses = [value for _, value in self.metrics.series("loss")]
+        bits = self.metrics.series("val_bits_per_byte")
+        latest, png = self.run_folder / "latest", self.run_folder / "loss.png"
+        say(curve(losses))
+        if interrupted:
+            say(f"interrupted at step {self.step_done} and saved; the same command continues from there")
+        say(f"model    {latest}\nmetrics  {self.metrics.path}\ncurve    {png}")
+        return {
+            "step": self.step_done,
+            "interrupted": interrupted,
+            "loss": losses[-1] if losses else None,
+            "val_bits_per_byte": bits[-1][1] if bits else None,
+            "model": str(latest),
+            "metrics": str(self.metrics.path),
+            "curve": str(png),
+        }
+
+
+def choose_spec(section: ModelSection, tokenizer: Tokenizer, seq_len: int) -> Spec:
+    """The preset with the recipe's changes and the tokenizer's ids."""
+    spec = Spec.preset(section.preset)
+    given = {f.name: getattr(section, f.name) for f in dataclasses.fields(section) if getattr(section, f.name)}
+    rope = {k: given.pop(k) for k in ("max_position_embeddings", "rope_theta") if k in given}
+    shape = {k: v for k, v in given.items() if k not in ("path", "preset")}
+    heads = shape.get("num_attention_heads", spec.num_attention_heads)
+    width = shape.get("hidden_size", spec.hidden_size)
+    if {"hidden_size", "num_attention_heads"} & shape.keys() and "head_dim" not in shape:
+        if width % heads:
+            raise PunaError(f"hidden_size {width} is not divisible by num_attention_heads {heads}", "or set head_dim")
+        shape["head_dim"] = width // heads
+    shape.setdefault("vocab_size", tokenizer.vocab_size)
+    if shape["vocab_size"] < tokenizer.vocab_size:
+        raise _vocab_error(tokenizer.vocab_size, shape["vocab_size"])
+    rope.setdefault("max_position_embeddings", max(spec.max_len, seq_len))
+    ids = {"bos_token_id": tokenizer.bos_id, "eos_token_ids": tuple(tokenizer.eos_ids), "pad_token_id": tokenizer.pad_id}
+    return spec.replace(**shape, **ids, rope=dataclasses.replace(spec.rope, **rope))
+
+
+def _vocab_error(tokenizer_size: int, model_size: int) -> PunaError:
+    return PunaError(
+        f"the tokenizer has {tokenizer_size} tokens, the model's vocabulary only {model_size}",
+        f"use --model.vocab_size {tokenizer_size} or the tokenizer that belongs to the model",
+    )
+
+
+def _check(recipe: Recipe) -> None:
+    """Refuse numbers that cannot work before anything is read."""
+    train, data = recipe.train, recipe.data
+    if recipe.task != "pretrain":
+        raise PunaError(f"task {recipe.task!r} is not one puna knows", 'use task = "pretrain"')
+    if not data.text:
+        raise PunaError("the recipe names no text", 'set [data] text = ["path", ...]')
+    if not (data.tokenizer or recipe.model.path):
+        raise PunaError("the recipe names no tokenizer", "make one with `puna tokenizer train`, then set data.tokenizer")
+    at_least_one = {"train.steps": train.steps, "train.batch_size": train.batch_size, "data.seq_len": data.seq_len,
+                    "checkpoint.every": recipe.checkpoint.every, "train.log_every": train.log_every}  # fmt: skip
+    for key, value in at_least_one.items():
+        if value < 1:
+            raise PunaError(f"{key} is {value}", f"use --{key} 1 or more")
+
+
+def _check_resume(state: dict[str, Any], now: dict[str, Any], save: Path) -> None:
+    changed = [key for key, value in now.items() if state["identity"].get(key) != value]
+    if changed:
+        before = ", ".join(f"{key} {state['identity'].get(key)} -> {now[key]}" for key in changed)
+        raise PunaError(
+            f"{save} was trained with other inputs, a resumed run would repeat or skip data: {before}",
+            "restore them, or start a new run with another --out",
+        )
+
+
+class _Interrupt:
+    """Ctrl-C and SIGTERM finish the current step, save and return; a second Ctrl-C stops at once."""
+
+    def __init__(self) -> None:
+        self.seen = False
+        self._before: dict[int, Any] = {}
+
+    def __enter__(self) -> _Interrupt:
+        try:
+            self._before = {number: signal.signal(number, self._catch) for number in (signal.SIGINT, signal.SIGTERM)}
+        except ValueError:  # not the main thread: the embedding program handles its own signals
+            self._before = {}
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        for number, handler in self._before.items():
+            signal.signal(number, handler)
+
+    def _catch(self, number: int, _: object) -> None:
+        if self.seen and number == signal.SIGINT:
+            os._exit(130)
+        self.seen = True
+        say("stopping after this step and saving (Ctrl-C again to stop at once)")

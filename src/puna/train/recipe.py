@@ -1,0 +1,93 @@
+"""What a training recipe may say: one dataclass per section, one line of help per key."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+
+from puna.base.config import knob
+
+
+@dataclass(frozen=True)
+class ModelSection:
+    """Where the shape and the first weights come from."""
+
+    path: str = knob("", "model folder to start from (weights and shape); empty: random weights")
+    preset: str = knob("debug", "published shape to start from when `path` is empty")
+    vocab_size: int = knob(0, "rows of the embedding; 0: the tokenizer's size")
+    hidden_size: int = knob(0, "model width; 0 here and below: the preset's")
+    num_hidden_layers: int = knob(0, "blocks")
+    num_attention_heads: int = knob(0, "query heads")
+    num_key_value_heads: int = knob(0, "key/value heads; must divide the query heads")
+    head_dim: int = knob(0, "channels per head; 0: hidden_size / num_attention_heads")
+    intermediate_size: int = knob(0, "feed-forward width")
+    max_position_embeddings: int = knob(0, "longest context in tokens")
+    rope_theta: float = knob(0.0, "rotary base")
+
+
+@dataclass(frozen=True)
+class DataSection:
+    """Text and how it is cut."""
+
+    text: tuple[str, ...] = knob((), "files, folders or globs with UTF-8 text; python:stdlib is Python's own library")
+    tokenizer: str = knob("", "tokenizer folder or file; empty: the one in model.path")
+    seq_len: int = knob(256, "tokens per sequence")
+    val_fraction: float = knob(0.05, "share of the files held out, whole, for validation")
+
+
+@dataclass(frozen=True)
+class OptimSection:
+    """AdamW (Loshchilov & Hutter 2019) and its schedule: linear warm-up, then cosine."""
+
+    lr: float = knob(1e-3, "peak learning rate")
+    min_lr_ratio: float = knob(0.1, "last learning rate as a share of the peak")
+    warmup_steps: int = knob(100, "steps of linear warm-up")
+    betas: tuple[float, float] = knob((0.9, 0.95), "decay of the two moments")
+    eps: float = knob(1e-8, "added to the root of the second moment")
+    weight_decay: float = knob(0.1, "on matrices only; norms and biases have none")
+    grad_clip: float = knob(1.0, "largest global gradient norm; 0: no clipping")
+    z_loss: float = knob(0.0, "weight of logsumexp^2, keeps logits small (1e-4 is usual)")
+
+
+@dataclass(frozen=True)
+class TrainSection:
+    """The step."""
+
+    steps: int = knob(1000, "optimizer steps")
+    batch_size: int = knob(16, "sequences per optimizer step")
+    micro_batch_size: int = knob(0, "sequences per forward pass; 0: all of batch_size")
+    dtype: str = knob("float32", "arithmetic: float32, bfloat16 or float16 (loss-scaled); weights stay float32")
+    device: str = knob("auto", "auto, cpu or cuda")
+    compile: bool = knob(False, "torch.compile each block (25-60 s before the first step)")
+    log_every: int = knob(1, "steps between printed lines; every step is in metrics.jsonl")
+
+
+@dataclass(frozen=True)
+class CheckpointSection:
+    """When to save and what to keep."""
+
+    every: int = knob(500, "steps between saves; the last step is always saved")
+    keep_last: int = knob(2, "newest saves kept; 0: all")
+    resume: str = knob("auto", "auto: continue what `out` holds; never: refuse to; or a step folder")
+
+
+@dataclass(frozen=True)
+class ValidationSection:
+    """Held-out files."""
+
+    every: int = knob(100, "steps between validations; 0: only at the end")
+    max_tokens: int = knob(65536, "tokens looked at each time")
+
+
+@dataclass(frozen=True)
+class Recipe:
+    """A training run. `task` is pretrain today."""
+
+    out: str = knob("runs/puna", "folder of the run")
+    task: str = knob("pretrain", "pretrain: next-token loss on every token")
+    seed: int = knob(0, "of weights and data order")
+    model: ModelSection = field(default_factory=ModelSection)
+    data: DataSection = field(default_factory=DataSection)
+    optim: OptimSection = field(default_factory=OptimSection)
+    train: TrainSection = field(default_factory=TrainSection)
+    checkpoint: CheckpointSection = field(default_factory=CheckpointSection)
+    validation: ValidationSection = field(default_factory=ValidationSection)
