@@ -1,16 +1,74 @@
-"""Small models and folders that the tests make themselves; nothing is downloaded."""
+"""Small texts, tokenizers and model folders that the tests make themselves; nothing is downloaded."""
 
 from __future__ import annotations
 
 import os
 
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
-os.environ.setdefault("TOKENIZERS_PARALLELISM", "true")
+
+import random
+from pathlib import Path
 
 import pytest
 import torch
+
+from puna.text.tokenizer import Tokenizer
+from puna.text.train_tokenizer import train_bpe
+from puna.weights.folder import load_model, save_model
 
 
 @pytest.fixture(autouse=True)
 def _seed() -> None:
     torch.manual_seed(0)
+
+
+@pytest.fixture(scope="session")
+def corpus(tmp_path_factory) -> Path:
+    """Twelve small files of Python-like text."""
+    folder = tmp_path_factory.mktemp("corpus")
+    draw = random.Random(0)
+    words = "alpha beta gamma delta value index count total".split()
+    for number in range(12):
+        lines = []
+        for _ in range(60):
+            a, b = draw.choice(words), draw.choice(words)
+            lines.append(f"def {a}_{b}({a}, {b}={draw.randrange(100)}):\n    return {a} + {b}\n")
+        (folder / f"{number:02d}.py").write_text("\n".join(lines))
+    return folder
+
+
+@pytest.fixture(scope="session")
+def tokenizer_folder(corpus, tmp_path_factory) -> Path:
+    folder = tmp_path_factory.mktemp("tokenizer")
+    train_bpe([file.read_text() for file in sorted(corpus.iterdir())], 320).save(folder)
+    return folder
+
+
+@pytest.fixture(scope="session")
+def tokenizer(tokenizer_folder) -> Tokenizer:
+    return Tokenizer.load(tokenizer_folder)
+
+
+@pytest.fixture(scope="session")
+def model_folder(tokenizer, tmp_path_factory) -> Path:
+    """The debug preset with random weights and the tokenizer above."""
+    model = load_model("preset:debug")
+    for parameter in model.parameters():
+        if parameter.ndim > 1:
+            parameter.data.mul_(8)  # spread the logits, so that greedy choices are no ties
+    ids = {"bos_token_id": tokenizer.bos_id, "eos_token_ids": tuple(tokenizer.eos_ids)}
+    model.spec = model.spec.replace(**ids)
+    return save_model(model, tmp_path_factory.mktemp("model") / "m", tokenizer)
+
+
+@pytest.fixture
+def recipe(corpus, tokenizer_folder, tmp_path) -> dict:
+    """A recipe that trains the debug model for 24 steps."""
+    return {
+        "out": str(tmp_path / "run"),
+        "data": {"text": [str(corpus)], "tokenizer": str(tokenizer_folder), "seq_len": 32, "val_fraction": 0.2},
+        "optim": {"lr": 3e-3, "warmup_steps": 4},
+        "train": {"steps": 24, "batch_size": 4},
+        "checkpoint": {"every": 5},
+        "validation": {"every": 10, "max_tokens": 1024},
+    }

@@ -83,23 +83,32 @@ def table(rows: Sequence[Sequence[str]], header: Sequence[str] = (), title: str 
 
 
 def curve(values: Sequence[float], width: int = 60, height: int = 8) -> str:
-    """A line plot in Braille dots (2 x 4 per character), with the highest and lowest value at the left edge."""
+    """A line plot in Braille dots (2 x 4 per character), with the highest and lowest value at the left edge.
+
+    With more values than dots, a dot shows the mean of its share.
+    """
     finite = [v for v in values if math.isfinite(v)]
     if len(finite) < 2:
         return "(too few points for a curve)"
-    low, high = min(finite), max(finite)
-    span = (high - low) or 1.0
     columns, rows = width * 2, height * 4
+    points = _resample(finite, columns)
+    low, high = min(points), max(points)
+    span = (high - low) or 1.0
     grid = [[0] * width for _ in range(height)]
     previous = None
-    for x in range(columns):
-        value = finite[round(x * (len(finite) - 1) / (columns - 1))]
+    for x, value in enumerate(points):
         y = round((high - value) / span * (rows - 1))
         for dot in range(min(y, y if previous is None else previous), max(y, y if previous is None else previous) + 1):
             grid[dot // 4][x // 2] |= _BRAILLE[dot % 4][x % 2]
         previous = y
     label = {0: f"{high:.2f}", height - 1: f"{low:.2f}"}
     return "\n".join(f"{label.get(i, ''):>8} |" + "".join(chr(0x2800 + c) for c in row) for i, row in enumerate(grid))
+
+
+def _resample(values: Sequence[float], columns: int) -> list[float]:
+    edges = [round(i * len(values) / columns) for i in range(columns + 1)]
+    bins = [values[a : max(b, a + 1)] or values[-1:] for a, b in zip(edges, edges[1:], strict=False)]
+    return [sum(part) / len(part) for part in bins]
 
 
 # Bit of each dot in a Unicode Braille cell (block U+2800), by [row][column].

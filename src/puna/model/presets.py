@@ -51,7 +51,7 @@ HF_PRESETS: dict[str, dict[str, Any]] = {
     "qwen3_8b": _qwen3(4096, 36, 32, 12288, False),
     "debug": {
         "model_type": "llama", "vocab_size": 512, "hidden_size": 64, "num_hidden_layers": 2, "num_attention_heads": 4,
-        "num_key_value_heads": 2, "intermediate_size": 192, "max_position_embeddings": 512,
+        "num_key_value_heads": 2, "intermediate_size": 192, "rms_norm_eps": 1e-5, "max_position_embeddings": 512,
         "tie_word_embeddings": True},  # fmt: skip
 }
 

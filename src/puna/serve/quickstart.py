@@ -29,7 +29,7 @@ RECIPE: dict[str, Any] = {
     "data": {"seq_len": 256},
     "optim": {"lr": 6e-3, "weight_decay": 0.1},
     "train": {"batch_size": 16, "log_every": 20},
-    "validation": {"max_tokens": 131072},
+    "validation": {"max_tokens": 65536},
 }  # fmt: skip
 SAMPLING = SamplingParams(temperature=0.7, top_p=0.95, max_tokens=100, seed=1)
 

@@ -12,7 +12,6 @@ Three things go wrong elsewhere and are settled here:
 
 from __future__ import annotations
 
-import os.path
 import re
 import secrets
 from collections.abc import Iterable, Sequence
@@ -124,10 +123,10 @@ class Chat:
         """(text, the same text with the messages' special tokens disguised, the disguised conversation)."""
         text, _ = self._run(conversation)
         disguise = _Disguise(self._special, self._halves, text)
-        messages = disguise.put_on(conversation.messages)
+        messages, tools = disguise.put_on(conversation.messages), disguise.put_on(conversation.tools)
         if not disguise.table:
             return text, text, conversation
-        disguised = replace(conversation, messages=messages, tools=disguise.put_on(conversation.tools))
+        disguised = replace(conversation, messages=messages, tools=tools)
         hidden, _ = self._run(disguised)
         if disguise.take_off(hidden) != text:
             raise PunaError(
@@ -213,7 +212,7 @@ class Chat:
         if start is None or not text.endswith(rest) or not floor <= start <= len(text) - len(rest):
             return None
         # What follows the turn in any case; after it the next turn, or what ends a conversation, begins.
-        closing = os.path.commonprefix([rest, last.split(self._probe)[1]])
+        closing = _common_start(rest, last.split(self._probe)[1])
         match = self._end_of_turn.match(closing, len(closing) - len(closing.lstrip()))
         return start, len(text) - len(rest) + (match.end() if match else 0)
 
@@ -223,7 +222,7 @@ class Chat:
             prompted = self._try(replace(asked, add_generation_prompt=True))
             if prompted and text.startswith(prompted) and head.startswith(prompted):
                 return len(prompted)
-            start = _after_prompt(prompted[len(os.path.commonprefix([prompted, self._try(asked)])) :], head, floor)
+            start = _after_prompt(prompted[len(_common_start(prompted, self._try(asked))) :], head, floor)
             if start is not None and text[:start] == head[:start]:
                 return start
         return None
@@ -291,6 +290,11 @@ def _after_prompt(prompt: str, head: str, floor: int) -> int | None:
         return place + len(prompt)
     ends = (prompt[:size] for size in range(len(prompt), 0, -1))
     return len(head) if any(part.strip() and head.endswith(part) for part in ends) else None
+
+
+def _common_start(one: str, other: str) -> str:
+    differs = (i for i, (a, b) in enumerate(zip(one, other, strict=False)) if a != b)
+    return one[: next(differs, min(len(one), len(other)))]
 
 
 def _any_of(texts: Iterable[str]) -> re.Pattern[str]:

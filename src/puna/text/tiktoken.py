@@ -22,7 +22,11 @@ LLAMA3_PATTERN = (
     r"|\s*[\r\n]+|\s+(?!\S)|\s+"
 )
 SPECIAL_COUNT = 256
-_NAMED = ["begin_of_text", "end_of_text", "reserved_special_token_0", "reserved_special_token_1", "finetune_right_pad_id", "step_id", "start_header_id", "end_header_id", "eom_id", "eot_id", "python_tag", "image"]
+_NAMED = (
+    *("begin_of_text", "end_of_text", "reserved_special_token_0", "reserved_special_token_1"),
+    *("finetune_right_pad_id", "step_id", "start_header_id", "end_header_id"),
+    *("eom_id", "eot_id", "python_tag", "image"),
+)
 _LINE = re.compile(rb"([A-Za-z0-9+/]+={0,2}) (\d+)")
 
 
@@ -74,8 +78,8 @@ def _broken(message: str) -> PunaError:
     return PunaError(f"the tiktoken file is broken: {message}", "download the file again; it may be cut short")
 
 
-def convert_tiktoken(data: bytes) -> tuple[Engine, dict[str, str], list[str]]:
-    """A tiktoken file's bytes -> (engine with the same ids, names of special tokens, tokens that end an answer)."""
+def convert_tiktoken(data: bytes) -> tuple[Engine, dict[str, str], list[int]]:
+    """A tiktoken file's bytes -> (engine with the same ids, names of special tokens, ids that end an answer)."""
     alphabet = byte_alphabet()
     tokens = ["".join(map(alphabet.__getitem__, token)) for token in parse_ranks(data)]
     ranks = {token: rank for rank, token in enumerate(tokens)}
@@ -84,7 +88,8 @@ def convert_tiktoken(data: bytes) -> tuple[Engine, dict[str, str], list[str]]:
     engine.add_special_tokens([AddedToken(text, normalized=False, special=True) for text in specials])
     names = {"bos_token": specials[0], "eos_token": specials[1], "pad_token": "<|finetune_right_pad_id|>"}
     start_with(engine, names["bos_token"])
-    return engine, names, ["<|end_of_text|>", "<|eom_id|>", "<|eot_id|>"]
+    stops = ("<|end_of_text|>", "<|eom_id|>", "<|eot_id|>")
+    return engine, names, [len(tokens) + specials.index(text) for text in stops]
 
 
 def byte_level_engine(model: models.BPE) -> Engine:

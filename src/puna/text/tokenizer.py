@@ -175,7 +175,7 @@ class Tokenizer:
     def save(self, folder: str | Path) -> None:
         """Write tokenizer.json and its companions: a folder AutoTokenizer and `Tokenizer.load` open, with our ids."""
         folder, settings = Path(folder), self._settings
-        names = {name: text for name, text in settings.names.items() if self._engine.token_to_id(text) is not None}
+        names = {name: settings.names[name] for name in TOKEN_NAMES if self._named(name) is not None}
         config: dict[str, Any] = {"tokenizer_class": "PreTrainedTokenizerFast", **names}
         config["clean_up_tokenization_spaces"] = False
         if settings.model_max_length is not None:
@@ -216,13 +216,13 @@ def _open_json(text: str, file: Path) -> Engine:
 def _convert(data: bytes, file: Path) -> tuple[Engine, Settings]:
     if looks_like_tiktoken(data):
         engine, names, stops = convert_tiktoken(data)
-        return engine, Settings(names, [engine.token_to_id(text) for text in stops])
+        return engine, Settings(names, stops)
     try:
         engine, names = convert_sentencepiece(data)
     except ValueError as error:
         is_pointer = data.startswith(b"version https://git-lfs")
         raise PunaError(
-            f"{file} ({len(data)} bytes) is no tokenizer.json, no tiktoken file and no whole sentencepiece model: {error}",
+            f"{file} ({len(data)} bytes) is no tokenizer.json, tiktoken file or whole sentencepiece model: {error}",
             "it is a Git LFS pointer: run `git lfs pull`" if is_pointer else "download the file again",
         ) from error
     return engine, Settings(names)

@@ -51,7 +51,7 @@ def train_bpe(texts: Iterable[str], vocab_size: int, min_frequency: int = 2) -> 
         )
     start_with(engine, SPECIALS[0])
     names = {"bos_token": SPECIALS[0], "eos_token": SPECIALS[1], "pad_token": SPECIALS[2]}
-    stops = [engine.token_to_id("<|im_end|>")]
+    stops = [SPECIALS.index("<|im_end|>")]  # special tokens come first
     tokenizer = Tokenizer(engine, Settings(names, stops, CHATML))
     if tokenizer.vocab_size < vocab_size:
         say(f"the corpus ({counted.characters} characters) gave {tokenizer.vocab_size} tokens, not {vocab_size}")

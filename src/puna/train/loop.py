@@ -259,6 +259,8 @@ def choose_spec(section: ModelSection, tokenizer: Tokenizer, seq_len: int) -> Sp
         if width % heads:
             raise PunaError(f"hidden_size {width} is not divisible by num_attention_heads {heads}", "or set head_dim")
         shape["head_dim"] = width // heads
+    if "num_hidden_layers" in shape:
+        shape["sliding_windows"] = ()  # one entry per layer; no preset has a window
     shape.setdefault("vocab_size", tokenizer.vocab_size)
     if shape["vocab_size"] < tokenizer.vocab_size:
         raise _vocab_error(tokenizer.vocab_size, shape["vocab_size"])

@@ -67,9 +67,9 @@ INLINE void narrow(float value, float *to) { *to = value; }
 INLINE void narrow(float value, bf16 *to) {
     uint32_t word;
     memcpy(&word, &value, sizeof word);
-    bool is_nan = (word & 0x7fffffffu) > 0x7f800000u;
-    uint32_t nearest_even = word + 0x7fffu + ((word >> 16) & 1u);  // a carry out of the mantissa rounds up to infinity
-    to->bits = uint16_t((is_nan ? word | 0x400000u : nearest_even) >> 16);
+    // To nearest, ties to even. A carry out of the mantissa rounds up to infinity; a nan cannot carry over to zero, as
+    // those that come from bf16 numbers have no bits in the lower half.
+    to->bits = uint16_t((word + 0x7fffu + ((word >> 16) & 1u)) >> 16);
 }
 
 // The argument of the C functions, laid out as struct.pack("PPPPqqqqii") does: one packed argument crosses from Python a
