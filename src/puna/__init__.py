@@ -19,9 +19,8 @@ _HOME = {
     "save_model": "puna.weights.folder",
     "SamplingParams": "puna.engine.request",
     "LLM": "puna.engine.llm",
-    "train": "puna.train.loop",
 }
-__all__ = [*_HOME, "__version__"]
+__all__ = [*_HOME, "__version__", "train"]
 
 if TYPE_CHECKING:
     from puna.base.console import PunaError
@@ -35,6 +34,8 @@ if TYPE_CHECKING:
 
 
 def __getattr__(name: str) -> Any:
+    if name == "train":
+        return import_module("puna.train")  # a room that can be called
     if name in _HOME:
         return getattr(import_module(_HOME[name]), name)
     raise AttributeError(f"module 'puna' has no attribute {name!r}")

@@ -37,8 +37,8 @@ def test_hold_out_takes_whole_files_and_is_stable() -> None:
     documents = [Document(str(i), f"text {i} " * 50) for i in range(40)]
     train, held = hold_out(documents, 0.1)
     assert {d.name for d in train} | {d.name for d in held} == {str(i) for i in range(40)}
-    assert len(held) == 4
-    assert hold_out(documents[::-1], 0.1)[1] == held
+    assert 3 <= len(held) <= 5
+    assert {d.name for d in hold_out(documents[::-1], 0.1)[1]} == {d.name for d in held}
 
 
 def test_a_huge_file_is_not_held_out() -> None:

@@ -1,0 +1,136 @@
+from __future__ import annotations
+
+import pytest
+import torch
+from transformers import AutoModelForCausalLM
+
+import puna
+from puna.base.console import PunaError
+from puna.model.spec import Spec
+from puna.ops.attention import PackedCausal
+from puna.weights.folder import empty_model
+
+GREEDY = {"temperature": 0, "ignore_eos": True}
+
+
+@pytest.fixture(scope="module")
+def llm(model_folder) -> puna.LLM:
+    return puna.LLM(model_folder)
+
+
+def test_greedy_equals_transformers_generate(llm, model_folder) -> None:
+    theirs = AutoModelForCausalLM.from_pretrained(model_folder)
+    prompt = llm.tokenizer.encode("def alpha(", bos=True)
+    ids = theirs.generate(torch.tensor([prompt]), max_new_tokens=40, min_new_tokens=40, do_sample=False, eos_token_id=None)
+    ours = llm.generate(prompt, puna.SamplingParams(**GREEDY, max_tokens=40))[0]
+    assert ours.token_ids == ids[0, len(prompt) :].tolist()
+    assert ours.finish_reason == "length"
+    assert ours.text == llm.tokenizer.decode(ours.token_ids, skip_specials=True)
+
+
+def test_logprobs_agree_between_trainer_and_engine(llm) -> None:
+    """Parity: what decoding reports is what the training forward gives for the same ids."""
+    prompt = llm.encode("def beta(gamma):")
+    output = llm.generate(prompt, puna.SamplingParams(**GREEDY, max_tokens=30, logprobs=2))[0]
+    assert output.logprobs is not None
+    assert output.top_logprobs is not None
+    expected = llm.logprobs(prompt + output.token_ids)
+    assert expected[0] is None
+    assert output.logprobs == pytest.approx(expected[len(prompt) :], abs=1e-5)
+    for token, chosen, top in zip(output.token_ids, output.logprobs, output.top_logprobs, strict=True):
+        assert len(top) == 2
+        assert max(top.values()) == top[token] == chosen  # greedy: the chosen one is the likeliest
+
+
+def test_logprobs_of_a_long_prompt_in_pieces(llm) -> None:
+    ids = [i % 300 for i in range(400)]
+    with torch.no_grad():
+        hidden = llm.model(torch.tensor(ids), torch.arange(400), PackedCausal.of([400]))
+        expected = llm.model.logits(hidden).log_softmax(-1)[torch.arange(399), torch.tensor(ids[1:])]
+    assert llm.logprobs(ids)[1:] == pytest.approx(expected.tolist(), abs=1e-5)
+
+
+def test_reusing_a_common_beginning_changes_nothing(model_folder) -> None:
+    params = puna.SamplingParams(**GREEDY, max_tokens=12, logprobs=0)
+    prompts = ["def alpha(beta", "def alpha(beta", "def alpha(gamma, delta", "class", "def alpha(gamma"]
+    shared = puna.LLM(model_folder)
+    for prompt in prompts:
+        a, b = shared.generate(prompt, params)[0], puna.LLM(model_folder).generate(prompt, params)[0]
+        assert a.token_ids == b.token_ids
+        assert a.logprobs == pytest.approx(b.logprobs, abs=1e-5)
+
+
+def test_same_seed_same_text(llm) -> None:
+    params = puna.SamplingParams(temperature=1.0, seed=7, max_tokens=20, n=3)
+    first, second = llm.generate("def ", params), llm.generate("def ", params)
+    assert [o.token_ids for o in first] == [o.token_ids for o in second]
+    assert len({tuple(o.token_ids) for o in first}) == 3
+    streamed = [list(llm.stream("def ", params, index))[-1][1].token_ids for index in range(3)]
+    assert streamed == [o.token_ids for o in first]
+
+
+def test_stop_strings_and_ids(llm) -> None:
+    free = llm.generate("def ", puna.SamplingParams(**GREEDY, max_tokens=30))[0]
+    stop = free.text[5:8]
+    cut = llm.generate("def ", puna.SamplingParams(**GREEDY, max_tokens=30, stop=[stop]))[0]
+    assert cut.text == free.text[: free.text.find(stop)]
+    assert cut.finish_reason == "stop"
+    token = free.token_ids[4]
+    ended = llm.generate("def ", puna.SamplingParams(**GREEDY, max_tokens=30, stop_token_ids=[token]))[0]
+    assert ended.token_ids == free.token_ids[: free.token_ids.index(token) + 1]
+    assert ended.finish_reason == "stop"
+
+
+def test_streamed_pieces_join_to_the_text(llm) -> None:
+    for seed in range(5):
+        params = puna.SamplingParams(temperature=3.0, seed=seed, max_tokens=60, ignore_eos=True)
+        pieces = list(llm.stream("def ", params))
+        assert "".join(piece for piece, _ in pieces) == pieces[-1][1].text
+        assert pieces[-1][1].text == llm.tokenizer.decode(pieces[-1][1].token_ids, skip_specials=True)
+
+
+def test_eos_ends_an_answer_unless_ignored(llm) -> None:
+    eos = llm.spec.eos_token_ids[0]
+    model = puna.load_model("preset:debug")
+    model.spec = model.spec.replace(eos_token_ids=(eos,))
+    with torch.no_grad():
+        model.embed[eos] = 50 * model.norm.weight  # tied head: eos wins wherever hidden states lean this way
+    tied = puna.LLM.of(model, None)
+    bias = tied.generate([1], puna.SamplingParams(temperature=0, max_tokens=8))[0]
+    free = tied.generate([1], puna.SamplingParams(temperature=0, max_tokens=8, ignore_eos=True))[0]
+    assert free.finish_reason == "length"
+    assert bias.token_ids == (free.token_ids[: free.token_ids.index(eos) + 1] if eos in free.token_ids else free.token_ids)
+
+
+def test_the_context_is_a_limit(llm) -> None:
+    with pytest.raises(PunaError, match="the prompt has 513 tokens, the model's context is 512"):
+        llm.generate([5] * 513)
+    full = llm.generate([5] * 510, puna.SamplingParams(**GREEDY, max_tokens=50))[0]
+    assert full.finish_reason == "length"
+    assert len(full.token_ids) == 3  # positions 510 and 511 are computed, the last draw needs none
+
+
+def test_unusable_prompts(llm) -> None:
+    with pytest.raises(PunaError, match="empty"):
+        llm.generate([[]])
+    with pytest.raises(PunaError, match="token id 512 is outside the vocabulary of 512"):
+        llm.generate([512])
+    with pytest.raises(PunaError, match="preset has no tokenizer"):
+        puna.LLM("preset:debug").generate("text")
+
+
+def test_several_prompts_and_forms(llm) -> None:
+    params = puna.SamplingParams(**GREEDY, max_tokens=5)
+    one, two = llm.generate(["def ", [1, 2, 3]], params)
+    assert one.token_ids == llm.generate("def ", params)[0].token_ids
+    assert two.token_ids == llm.generate([1, 2, 3], params)[0].token_ids
+    assert (one.prompt_tokens, two.prompt_tokens) == (len(llm.encode("def ")), 3)
+
+
+@pytest.mark.parametrize("window", [None, 9])
+def test_bfloat16_and_windows_run(window) -> None:
+    spec = Spec.preset("debug").replace(sliding_windows=(window, None))
+    model = empty_model(spec, torch.bfloat16, torch.device("cpu"))
+    model.init_weights()
+    output = puna.LLM.of(model, None).generate([1, 2, 3], puna.SamplingParams(**GREEDY, max_tokens=30))[0]
+    assert len(output.token_ids) == 30
