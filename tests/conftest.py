@@ -12,9 +12,10 @@ from pathlib import Path
 import pytest
 import torch
 
+from puna.model.spec import Spec
 from puna.text.tokenizer import Tokenizer
 from puna.text.train_tokenizer import train_bpe
-from puna.weights.folder import load_model, save_model
+from puna.weights.folder import empty_model, save_model
 
 
 @pytest.fixture(autouse=True)
@@ -52,7 +53,9 @@ def tokenizer(tokenizer_folder) -> Tokenizer:
 @pytest.fixture(scope="session")
 def model_folder(tokenizer, tmp_path_factory) -> Path:
     """The debug preset with random weights and the tokenizer above."""
-    model = load_model("preset:debug")
+    spec = Spec.preset("debug").replace(vocab_size=tokenizer.vocab_size)
+    model = empty_model(spec, torch.float32, torch.device("cpu"))
+    model.init_weights(torch.Generator().manual_seed(0))
     for parameter in model.parameters():
         if parameter.ndim > 1:
             parameter.data.mul_(8)  # spread the logits, so that greedy choices are no ties

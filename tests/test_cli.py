@@ -130,7 +130,7 @@ BAD = {
     "bad ids": (["generate", "MODEL", "--prompt-ids", "1,x"], "not a list of numbers", "1,2,3"),
     "bad knob": (["generate", "MODEL", "--prompt", "x", "--top-p", "2"], "top_p is 2", "from"),
     "truncated": (["generate", "BROKEN", "--prompt", "x"], "not a whole safetensors file", "copy it again"),
-    "small vocabulary": (["tokenizer", "train", "CORPUS", "--vocab-size", "10", "--out", "x"], "10", "256"),
+    "small vocabulary": (["tokenizer", "train", "CORPUS", "--vocab-size", "10", "--out", "x"], "10", "261"),
     "minutes": (["quickstart", "--minutes", "0"], "--minutes is 0", "0.1"),
 }  # fmt: skip
 

@@ -90,16 +90,22 @@ def test_streamed_pieces_join_to_the_text(llm) -> None:
 
 
 def test_eos_ends_an_answer_unless_ignored(llm) -> None:
-    eos = llm.spec.eos_token_ids[0]
-    model = puna.load_model("preset:debug")
-    model.spec = model.spec.replace(eos_token_ids=(eos,))
-    with torch.no_grad():
-        model.embed[eos] = 50 * model.norm.weight  # tied head: eos wins wherever hidden states lean this way
-    tied = puna.LLM.of(model, None)
-    bias = tied.generate([1], puna.SamplingParams(temperature=0, max_tokens=8))[0]
-    free = tied.generate([1], puna.SamplingParams(temperature=0, max_tokens=8, ignore_eos=True))[0]
-    assert free.finish_reason == "length"
-    assert bias.token_ids == (free.token_ids[: free.token_ids.index(eos) + 1] if eos in free.token_ids else free.token_ids)
+    free = llm.generate("def ", puna.SamplingParams(**GREEDY, max_tokens=12))[0]
+    eos = free.token_ids[3]  # let a token that will come be the end
+    ending = puna.LLM.of(llm.model, llm.tokenizer)
+    ending._eos = {eos}
+    answer = ending.generate("def ", puna.SamplingParams(temperature=0, max_tokens=12))[0]
+    assert answer.token_ids == free.token_ids[: free.token_ids.index(eos) + 1]
+    assert answer.finish_reason == "stop"
+    assert not answer.text.endswith(llm.tokenizer.decode([eos]))
+    assert ending.generate("def ", puna.SamplingParams(**GREEDY, max_tokens=12))[0].token_ids == free.token_ids
+
+
+def test_rows_that_pad_the_embedding_are_never_drawn(tokenizer) -> None:
+    model = puna.load_model("preset:debug")  # 512 rows, the tokenizer has 320
+    padded = puna.LLM.of(model, tokenizer)
+    output = padded.generate("def ", puna.SamplingParams(seed=1, temperature=5.0, max_tokens=200, ignore_eos=True))[0]
+    assert max(output.token_ids) < 320
 
 
 def test_the_context_is_a_limit(llm) -> None:
@@ -113,8 +119,8 @@ def test_the_context_is_a_limit(llm) -> None:
 def test_unusable_prompts(llm) -> None:
     with pytest.raises(PunaError, match="empty"):
         llm.generate([[]])
-    with pytest.raises(PunaError, match="token id 512 is outside the vocabulary of 512"):
-        llm.generate([512])
+    with pytest.raises(PunaError, match="token id 320 is outside the vocabulary of 320"):
+        llm.generate([320])
     with pytest.raises(PunaError, match="preset has no tokenizer"):
         puna.LLM("preset:debug").generate("text")
 

@@ -45,6 +45,8 @@ class LLM:
                 f"the tokenizer has {tokenizer.vocab_size} tokens, the model only {self.spec.vocab_size}",
                 "the folder mixes files of two models; fetch it again",
             )
+        # Rows that pad the embedding beyond the tokenizer have no text: they are never drawn.
+        self._drawable = tokenizer.vocab_size if tokenizer else self.spec.vocab_size
         self._eos = set(self.spec.eos_token_ids) | set(tokenizer.eos_ids if tokenizer else ())
         self._cache = SequenceCache(self.spec, self.dtype, self.device)
 
@@ -135,7 +137,7 @@ class LLM:
         text, stop = self.tokenizer.stream(skip_specials=True) if self.tokenizer else None, StopText(params.stop)
         room = self.spec.max_len - len(ids)
         while True:
-            token = sampler.draw(logits_V)
+            token = sampler.draw(logits_V[: self._drawable])
             _record(output, token, logits_V, params.logprobs)
             ended = (token in self._eos and not params.ignore_eos) or token in params.stop_token_ids
             piece = "" if text is None or ended else stop.push(text.push(token))

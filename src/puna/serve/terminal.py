@@ -47,7 +47,7 @@ def talk(model: str, system: str, params: SamplingParams, dtype: str, device: st
             continue
         if line.strip():
             messages.append({"role": "user", "content": line})
-            ids, _ = chat.render(messages, add_generation_prompt=True)
+            ids = chat.render_prompt(messages)
             messages.append({"role": "assistant", "content": _show(llm, ids, params, 0, quiet=False).text})
     return {"messages": messages}
 
