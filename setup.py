@@ -1,7 +1,7 @@
 """Builds the optional native kernels; everything else is in pyproject.toml.
 
 The kernels have a plain C interface and are loaded with ctypes, so the shared library needs neither Python's nor
-torch's headers and compiles in about two seconds. Without a C++ compiler the build goes on and torch does the work.
+torch's headers and compiles in a few seconds. Without a C++ compiler the build goes on and torch does the work.
 """
 
 from setuptools import Extension, setup
@@ -10,7 +10,7 @@ setup(
     ext_modules=[
         Extension(
             "puna.ops.native._kernels",
-            sources=["src/puna/ops/native/gemv.cpp"],
+            sources=["src/puna/ops/native/gemv.cpp", "src/puna/ops/native/attention.cpp"],
             language="c++",
             extra_compile_args=["-std=c++17", "-O3", "-fopenmp", "-fno-math-errno"],
             extra_link_args=["-fopenmp"],

@@ -55,8 +55,8 @@ def report(name: str, rows: list[dict], ours: str, peer: str, unit: str) -> None
     ]
     print(table(shown, ("case", f"{ours} {unit}", f"{peer} {unit}", "ratio", "spread")))
     RESULTS.mkdir(exist_ok=True)
-    payload = {"benchmark": name, "date": str(date.today()), "machine": describe(), "command": " ".join(sys.argv), "rows": rows}
-    (RESULTS / f"{name}.json").write_text(json.dumps(payload, indent=2) + "\n")
+    about = {"benchmark": name, "date": str(date.today()), "machine": describe(), "command": " ".join(sys.argv)}
+    (RESULTS / f"{name}.json").write_text(json.dumps({**about, "rows": rows}, indent=2) + "\n")
 
 
 def arguments() -> argparse.Namespace:
@@ -69,7 +69,13 @@ def arguments() -> argparse.Namespace:
 
 def shape(name: str) -> dict:
     """config.json of a benchmark model: about 10M, 100M (with a Llama-2 vocabulary)."""
-    common = {"model_type": "llama", "max_position_embeddings": 2048, "rms_norm_eps": 1e-5, "bos_token_id": 1, "eos_token_id": 2}
+    common = {
+        "model_type": "llama",
+        "max_position_embeddings": 2048,
+        "rms_norm_eps": 1e-5,
+        "bos_token_id": 1,
+        "eos_token_id": 2,
+    }
     sizes = {
         "10M": {"vocab_size": 8192, "hidden_size": 256, "num_hidden_layers": 8, "num_attention_heads": 8,
                 "num_key_value_heads": 4, "intermediate_size": 768, "tie_word_embeddings": False},

@@ -28,7 +28,7 @@ def corpus(tmp_path_factory) -> Path:
     """Twelve small files of Python-like text."""
     folder = tmp_path_factory.mktemp("corpus")
     draw = random.Random(0)
-    words = "alpha beta gamma delta value index count total".split()
+    words = ["alpha", "beta", "gamma", "delta", "value", "index", "count", "total"]
     for number in range(12):
         lines = []
         for _ in range(60):

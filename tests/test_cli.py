@@ -64,14 +64,30 @@ def test_generate_streams_text_to_stdout(puna, model_folder) -> None:
 
 
 def test_generate_n_with_a_seed_and_a_stop(puna, model_folder) -> None:
-    words = ("generate", model_folder, "--prompt", "a", "--n", 2, "--seed", 3, "--max-tokens", 9, "--stop", "zzz", "--json")
+    words = (
+        "generate",
+        model_folder,
+        "--prompt",
+        "a",
+        "--n",
+        2,
+        "--seed",
+        3,
+        "--max-tokens",
+        9,
+        "--stop",
+        "zzz",
+        "--json",
+    )
     first, second = (last_json(puna(*words)[1])["outputs"] for _ in range(2))
     assert first == second
     assert len(first) == 2
 
 
 def test_chat_reads_a_pipe(puna, model_folder) -> None:
-    code, out, _ = puna("chat", model_folder, "--max-tokens", 5, "--seed", 1, "--json", stdin="hi\n/reset\nhello\nyou\n")
+    code, out, _ = puna(
+        "chat", model_folder, "--max-tokens", 5, "--seed", 1, "--json", stdin="hi\n/reset\nhello\nyou\n"
+    )
     assert code == 0
     assert [m["role"] for m in last_json(out)["messages"]] == ["user", "assistant"] * 2
     assert last_json(out)["messages"][0]["content"] == "hello"
@@ -159,9 +175,14 @@ def test_bad_input(puna, name, recipe, corpus, model_folder, tmp_path, monkeypat
     assert sorted(tmp_path.rglob("*")) == before
 
 
-def test_a_bug_is_exit_code_1_with_a_traceback(tmp_path) -> None:
-    code = "import puna.cli, puna.__main__ as m, sys; puna.cli.VERBS['info'] = 1 / 0 if 0 else (lambda v, a: 1 / 0)\n"
-    code += "sys.argv = ['puna', 'info']; sys.exit(m.main())"
+def test_a_bug_is_exit_code_1_with_a_traceback() -> None:
+    code = (
+        "import sys, puna.cli, puna.__main__\n"
+        "def broken() -> None:\n    1 / 0\n"
+        "puna.cli.VERBS['info'] = broken\n"
+        "sys.argv = ['puna', 'info']\n"
+        "sys.exit(puna.__main__.main())\n"
+    )
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=60)
     assert done.returncode == 1
     assert "ZeroDivisionError" in done.stderr

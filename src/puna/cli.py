@@ -7,7 +7,14 @@ import sys
 from collections.abc import Callable, Sequence
 from typing import Annotated, Any, Literal
 
+import tyro
+
+from puna.base.config import describe, parse_overrides
 from puna.base.console import PunaError, emit_json, table
+
+Model = Annotated[str, tyro.conf.arg(metavar="MODEL")]
+Paths = Annotated[tuple[str, ...], tyro.conf.arg(metavar="PATH...")]
+DType = Literal["float32", "bfloat16", "float16"]
 
 
 def run(arguments: Sequence[str]) -> None:
@@ -24,12 +31,19 @@ def run(arguments: Sequence[str]) -> None:
     for length in (2, 1):
         verb = " ".join(words[:length])
         if len(words) >= length and verb in VERBS:
-            VERBS[verb](verb, words[length:])
+            _call(verb, words[length:])
             return
     near = difflib.get_close_matches(" ".join(words[:2]), VERBS, 1) or difflib.get_close_matches(words[0], VERBS, 1)
     raise PunaError(
         f"puna has no verb {words[0]!r}", f"did you mean `puna {near[0]}`?" if near else f"verbs: {', '.join(VERBS)}"
     )
+
+
+def _call(verb: str, arguments: list[str]) -> None:
+    if verb == "train":  # its options are the recipe's keys
+        train(arguments)
+    else:
+        tyro.cli(VERBS[verb], prog=f"puna {verb}", args=arguments, config=(tyro.conf.FlagCreatePairsOff,))
 
 
 def _overview() -> str:
@@ -41,52 +55,41 @@ def _overview() -> str:
     )
 
 
-def quickstart(verb: str, arguments: list[str]) -> None:
-    """The whole road on this machine, no download: tokenizer, training, a completion."""
+def quickstart(out: str = "quickstart", minutes: float = 3.5, text: tuple[str, ...] = (), json: bool = False) -> None:
+    """The whole road on this machine, no download: tokenizer, training, a completion.
 
-    def command(out: str = "quickstart", minutes: float = 3.5, text: tuple[str, ...] = (), json: bool = False) -> None:
-        """Train a ~1M parameter Llama on text that is already here, and let it write.
+    Args:
+        out: Folder of the run. An unfinished run in it is continued.
+        minutes: Time to spend on training.
+        text: Files or folders to learn from. Default: the sources of Python's standard library.
+        json: Print one JSON object as the last line of stdout.
+    """
+    from puna.serve.quickstart import run_quickstart
 
-        Args:
-            out: Folder of the run. An unfinished run in it is continued.
-            minutes: Time to spend on training.
-            text: Files or folders to learn from. Default: the sources of Python's standard library.
-            json: Print one JSON object as the last line of stdout.
-        """
-        from puna.serve.quickstart import run_quickstart
-
-        _answer(run_quickstart(out, minutes, text), json)
-
-    _parse(command, verb, arguments)
+    _answer(run_quickstart(out, minutes, text), json)
 
 
-def tokenizer_train(verb: str, arguments: list[str]) -> None:
-    """Train a byte-level BPE on files and save it as a Hugging Face tokenizer folder."""
+def tokenizer_train(paths: Paths, /, vocab_size: int, out: str, json: bool = False) -> None:
+    """Train a byte-level BPE on files and save it as a Hugging Face tokenizer folder.
 
-    def command(paths: _Paths, /, vocab_size: int, out: str, json: bool = False) -> None:
-        """Train a byte-level BPE tokenizer.
+    Args:
+        paths: Files, folders or globs with UTF-8 text.
+        vocab_size: Tokens in all, the 256 bytes and the special tokens included.
+        out: Folder to write.
+        json: Print one JSON object as the last line of stdout.
+    """
+    from puna.serve.quickstart import make_tokenizer
 
-        Args:
-            paths: Files, folders or globs with UTF-8 text.
-            vocab_size: Tokens in all, the 256 bytes and the special tokens included.
-            out: Folder to write.
-            json: Print one JSON object as the last line of stdout.
-        """
-        from puna.serve.quickstart import make_tokenizer
-
-        _answer(make_tokenizer(paths, vocab_size, out), json)
-
-    _parse(command, verb, arguments)
+    _answer(make_tokenizer(paths, vocab_size, out), json)
 
 
-def train(verb: str, arguments: list[str]) -> None:
+def train(arguments: list[str]) -> None:
     """Train by a recipe; continues what the recipe's `out` already holds."""
-    from puna.base.config import describe, parse_overrides
     from puna.train.recipe import Recipe
 
     if not arguments or {"-h", "--help"} & set(arguments):
         rows = [(f"--{key}", default, text) for key, default, text in describe(Recipe)]
-        print(f"usage: puna {verb} RECIPE.toml [--section.key value ...] [--json]\n\n{train.__doc__}\n")
+        print(f"usage: puna train RECIPE.toml [--section.key value ...] [--json]\n\n{train.__doc__}\n")
         print(table(rows, ("key", "default", "meaning")))
         return
     json = "--json" in arguments
@@ -98,133 +101,116 @@ def train(verb: str, arguments: list[str]) -> None:
     _answer(run_training(words[0], parse_overrides(words[1:])), json)
 
 
-def generate(verb: str, arguments: list[str]) -> None:
-    """Complete a prompt, once."""
+def generate(
+    model: Model,
+    /,
+    prompt: str | None = None,
+    prompt_ids: str | None = None,
+    n: int = 1,
+    max_tokens: int = 128,
+    temperature: float = 1.0,
+    top_k: int = 0,
+    top_p: float = 1.0,
+    min_p: float = 0.0,
+    repetition_penalty: float = 1.0,
+    presence_penalty: float = 0.0,
+    frequency_penalty: float = 0.0,
+    stop: tuple[str, ...] = (),
+    ignore_eos: bool = False,
+    seed: int | None = None,
+    logprobs: bool = False,
+    dtype: DType = "float32",
+    device: str = "auto",
+    json: bool = False,
+) -> None:
+    """Complete a prompt, once.
 
-    def command(
-        model: _Model,
-        /,
-        prompt: str | None = None,
-        prompt_ids: str | None = None,
-        n: int = 1,
-        max_tokens: int = 128,
-        temperature: float = 1.0,
-        top_k: int = 0,
-        top_p: float = 1.0,
-        min_p: float = 0.0,
-        repetition_penalty: float = 1.0,
-        presence_penalty: float = 0.0,
-        frequency_penalty: float = 0.0,
-        stop: tuple[str, ...] = (),
-        ignore_eos: bool = False,
-        seed: int | None = None,
-        logprobs: bool = False,
-        dtype: _DType = "float32",
-        device: str = "auto",
-        json: bool = False,
-    ) -> None:
-        """Complete a prompt; the text streams to stdout.
+    Args:
+        model: A Hugging Face folder or preset:NAME.
+        prompt: Text to continue.
+        prompt_ids: Token ids to continue, as 1,2,3 (instead of a prompt).
+        n: Answers.
+        max_tokens: Longest answer, in tokens.
+        temperature: 0 takes the likeliest token each time.
+        top_k: Keep the k likeliest tokens; 0 keeps all.
+        top_p: Keep the likeliest tokens up to this mass.
+        min_p: Keep tokens with at least this share of the likeliest one's probability.
+        repetition_penalty: Above 1 makes tokens already seen less likely.
+        presence_penalty: Subtracted once from the logits of tokens in the answer.
+        frequency_penalty: Subtracted per occurrence from the logits of tokens in the answer.
+        stop: Strings that end the answer; they are not shown.
+        ignore_eos: Go on after an end-of-sequence token.
+        seed: Same seed, same text.
+        logprobs: Add log p of every token (with --json).
+        dtype: Arithmetic.
+        device: auto, cpu or cuda.
+        json: Print one JSON object as the last line of stdout, and nothing else there.
+    """
+    from puna.engine.request import SamplingParams
+    from puna.serve.terminal import complete
 
-        Args:
-            model: A Hugging Face folder or preset:NAME.
-            prompt: Text to continue.
-            prompt_ids: Token ids to continue, as 1,2,3 (instead of a prompt).
-            n: Answers.
-            max_tokens: Longest answer, in tokens.
-            temperature: 0 takes the likeliest token each time.
-            top_k: Keep the k likeliest tokens; 0 keeps all.
-            top_p: Keep the likeliest tokens up to this mass.
-            min_p: Keep tokens with at least this share of the likeliest one's probability.
-            repetition_penalty: Above 1 makes tokens already seen less likely.
-            presence_penalty: Subtracted once from the logits of tokens in the answer.
-            frequency_penalty: Subtracted per occurrence from the logits of tokens in the answer.
-            stop: Strings that end the answer; they are not shown.
-            ignore_eos: Go on after an end-of-sequence token.
-            seed: Same seed, same text.
-            logprobs: Add log p of every token (with --json).
-            dtype: Arithmetic.
-            device: auto, cpu or cuda.
-            json: Print one JSON object as the last line of stdout, and nothing else there.
-        """
-        from puna.engine.request import SamplingParams
-        from puna.serve.terminal import complete
-
-        params = SamplingParams(
-            n, temperature, top_k, top_p, min_p, repetition_penalty, presence_penalty, frequency_penalty, stop,
-            (), ignore_eos, max_tokens, seed, 0 if logprobs else None,
-        )  # fmt: skip
-        _answer(complete(model, _prompt(prompt, prompt_ids), params, dtype, device, quiet=json), json)
-
-    _parse(command, verb, arguments)
+    params = SamplingParams(
+        n, temperature, top_k, top_p, min_p, repetition_penalty, presence_penalty, frequency_penalty, stop,
+        (), ignore_eos, max_tokens, seed, 0 if logprobs else None,
+    )  # fmt: skip
+    _answer(complete(model, _prompt(prompt, prompt_ids), params, dtype, device, quiet=json), json)
 
 
-def chat(verb: str, arguments: list[str]) -> None:
-    """Talk with a model in the terminal."""
+def chat(
+    model: Model,
+    /,
+    system: str = "",
+    max_tokens: int = 512,
+    temperature: float = 0.7,
+    top_k: int = 0,
+    top_p: float = 0.95,
+    min_p: float = 0.0,
+    repetition_penalty: float = 1.0,
+    seed: int | None = None,
+    dtype: DType = "float32",
+    device: str = "auto",
+    json: bool = False,
+) -> None:
+    """Talk with a model in the terminal.
 
-    def command(
-        model: _Model,
-        /,
-        system: str = "",
-        max_tokens: int = 512,
-        temperature: float = 0.7,
-        top_k: int = 0,
-        top_p: float = 0.95,
-        min_p: float = 0.0,
-        repetition_penalty: float = 1.0,
-        seed: int | None = None,
-        dtype: _DType = "float32",
-        device: str = "auto",
-        json: bool = False,
-    ) -> None:
-        """Talk with a model; /reset forgets, /exit or Ctrl-D ends. Reads lines from a pipe as well.
+    Args:
+        model: A Hugging Face folder with a chat template.
+        system: A system message to begin with.
+        max_tokens: Longest answer, in tokens.
+        temperature: 0 takes the likeliest token each time.
+        top_k: Keep the k likeliest tokens; 0 keeps all.
+        top_p: Keep the likeliest tokens up to this mass.
+        min_p: Keep tokens with at least this share of the likeliest one's probability.
+        repetition_penalty: Above 1 makes tokens already seen less likely.
+        seed: Same seed and same lines, same talk.
+        dtype: Arithmetic.
+        device: auto, cpu or cuda.
+        json: Print the whole conversation as one JSON object at the end.
+    """
+    from puna.engine.request import SamplingParams
+    from puna.serve.terminal import talk
 
-        Args:
-            model: A Hugging Face folder with a chat template.
-            system: A system message to begin with.
-            max_tokens: Longest answer, in tokens.
-            temperature: 0 takes the likeliest token each time.
-            top_k: Keep the k likeliest tokens; 0 keeps all.
-            top_p: Keep the likeliest tokens up to this mass.
-            min_p: Keep tokens with at least this share of the likeliest one's probability.
-            repetition_penalty: Above 1 makes tokens already seen less likely.
-            seed: Same seed and same lines, same talk.
-            dtype: Arithmetic.
-            device: auto, cpu or cuda.
-            json: Print the whole conversation as one JSON object at the end.
-        """
-        from puna.engine.request import SamplingParams
-        from puna.serve.terminal import talk
-
-        params = SamplingParams(
-            1, temperature, top_k, top_p, min_p, repetition_penalty, max_tokens=max_tokens, seed=seed
-        )
-        _answer(talk(model, system, params, dtype, device), json)
-
-    _parse(command, verb, arguments)
+    params = SamplingParams(1, temperature, top_k, top_p, min_p, repetition_penalty, max_tokens=max_tokens, seed=seed)
+    _answer(talk(model, system, params, dtype, device), json)
 
 
-def info(verb: str, arguments: list[str]) -> None:
-    """A model's card: parameters, FLOPs and KV bytes per token, files, checks."""
+def info(model: Model, /, seq_len: int = 0, json: bool = False) -> None:
+    """A model's card: parameters, FLOPs and KV bytes per token, files, checks.
 
-    def command(model: _Model, /, seq_len: int = 0, json: bool = False) -> None:
-        """What a model is and costs, without loading it.
+    Args:
+        model: A Hugging Face folder, a step folder of a run, or preset:NAME.
+        seq_len: Sequence length for the FLOP count; 0: the model's context.
+        json: Print one JSON object as the last line of stdout.
+    """
+    from puna.serve.card import model_card, print_card
 
-        Args:
-            model: A Hugging Face folder, a step folder of a run, or preset:NAME.
-            seq_len: Sequence length for the FLOP count; 0: the model's context.
-            json: Print one JSON object as the last line of stdout.
-        """
-        from puna.serve.card import model_card, print_card
-
-        card = model_card(model, seq_len)
-        if not json:
-            print_card(card)
-        _answer(card, json)
-
-    _parse(command, verb, arguments)
+    card = model_card(model, seq_len)
+    if not json:
+        print_card(card)
+    _answer(card, json)
 
 
-VERBS: dict[str, Callable[[str, list[str]], None]] = {
+VERBS: dict[str, Callable[..., None]] = {
     "quickstart": quickstart,
     "tokenizer train": tokenizer_train,
     "train": train,
@@ -232,25 +218,6 @@ VERBS: dict[str, Callable[[str, list[str]], None]] = {
     "chat": chat,
     "info": info,
 }
-
-_DType = Literal["float32", "bfloat16", "float16"]
-
-
-
-
-def _parse(command: Callable[..., None], verb: str, arguments: list[str]) -> None:
-    import tyro
-
-    command.__annotations__ = _resolved(command, tyro)
-    tyro.cli(command, prog=f"puna {verb}", args=arguments, config=(tyro.conf.FlagCreatePairsOff,))
-
-
-def _resolved(command: Callable[..., None], tyro: Any) -> dict[str, Any]:
-    """Annotations as objects, with the names that help shows for the two positionals."""
-    named = {"_Model": Annotated[str, tyro.conf.arg(metavar="MODEL")],
-             "_Paths": Annotated[tuple[str, ...], tyro.conf.arg(metavar="PATH...")]}  # fmt: skip
-    space = {**globals(), **named}
-    return {name: eval(hint, space) if isinstance(hint, str) else hint for name, hint in command.__annotations__.items()}
 
 
 def _prompt(text: str | None, ids: str | None) -> str | list[int]:

@@ -21,7 +21,9 @@ def llm(model_folder) -> puna.LLM:
 def test_greedy_equals_transformers_generate(llm, model_folder) -> None:
     theirs = AutoModelForCausalLM.from_pretrained(model_folder)
     prompt = llm.tokenizer.encode("def alpha(", bos=True)
-    ids = theirs.generate(torch.tensor([prompt]), max_new_tokens=40, min_new_tokens=40, do_sample=False, eos_token_id=None)
+    ids = theirs.generate(
+        torch.tensor([prompt]), max_new_tokens=40, min_new_tokens=40, do_sample=False, eos_token_id=None
+    )
     ours = llm.generate(prompt, puna.SamplingParams(**GREEDY, max_tokens=40))[0]
     assert ours.token_ids == ids[0, len(prompt) :].tolist()
     assert ours.finish_reason == "length"

@@ -35,7 +35,9 @@ def test_no_part_of_a_stop_string_leaks_at_any_chunking(pieces: list[str], stops
             assert whole is not None
             break
         assert whole is None
-        assert not any(shown.endswith(s[:k]) and text[len(shown) :].startswith(s[k:]) for s in stops for k in range(1, len(s)))
+        assert not any(
+            shown.endswith(s[:k]) and text[len(shown) :].startswith(s[k:]) for s in stops for k in range(1, len(s))
+        )
     shown += stop.flush()
     places = [p for s in stops if (p := text.find(s)) >= 0]
     assert shown == (text[: min(places)] if places else text)

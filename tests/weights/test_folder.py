@@ -142,7 +142,10 @@ def rewrite(folder: Path, change) -> None:
 @pytest.mark.parametrize(
     ("change", "message"),
     [
-        (lambda s: s.pop("model.norm.weight"), r"1 missing, 0 surplus, 0 mis-shaped.*\n.*missing model.norm.weight \[64\]"),
+        (
+            lambda s: s.pop("model.norm.weight"),
+            r"1 missing, 0 surplus, 0 mis-shaped.*\n.*missing model.norm.weight \[64\]",
+        ),
         (lambda s: s.update(x=torch.ones(2)), r"1 surplus.*\n.*surplus x \[2\]"),
         (lambda s: s.update({"model.norm.weight": torch.ones(3)}), r"file \[3\], config \[64\]"),
         (lambda s: s.update({"model.norm.weight": torch.ones(64, dtype=torch.int8)}), "not floating point"),
@@ -206,7 +209,9 @@ print((peak() - before) / size)
 
 
 @pytest.mark.skipif(not sys.platform.startswith("linux"), reason="reads /proc")
-@pytest.mark.parametrize(("form", "dtype"), [("one", "float32"), ("shards", "float32"), ("bin", "float32"), ("one", "bfloat16")])
+@pytest.mark.parametrize(
+    ("form", "dtype"), [("one", "float32"), ("shards", "float32"), ("bin", "float32"), ("one", "bfloat16")]
+)
 def test_peak_memory_while_loading(tmp_path, form, dtype) -> None:
     spec = Spec(vocab_size=8000, hidden_size=1024, num_hidden_layers=16, num_attention_heads=8, num_key_value_heads=8,
                 head_dim=128, intermediate_size=3072)  # fmt: skip

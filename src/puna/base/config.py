@@ -70,7 +70,7 @@ def describe(cls: type, prefix: str = "") -> list[tuple[str, str, str]]:
     rows = []
     for f in dataclasses.fields(cls):
         if dataclasses.is_dataclass(f.default_factory):
-            rows += describe(f.default_factory, f"{prefix}{f.name}.")  # type: ignore[arg-type]
+            rows += describe(f.default_factory, f"{prefix}{f.name}.")
         else:
             default = "" if f.default is dataclasses.MISSING else _show(f.default)
             rows.append((prefix + f.name, default, f.metadata.get("help", "")))
@@ -146,7 +146,9 @@ def _convert(hint: Any, value: Any, key: str) -> Any:
 def _convert_tuple(hint: Any, value: Any, key: str) -> tuple[Any, ...]:
     items = value.split(",") if isinstance(value, str) else value
     if not isinstance(items, Sequence):
-        raise PunaError(f"{key!r} must be a list, got {value!r}", "write it as [a, b] in TOML or a,b on the command line")
+        raise PunaError(
+            f"{key!r} must be a list, got {value!r}", "write it as [a, b] in TOML or a,b on the command line"
+        )
     args = get_args(hint)
     if args[-1] is not Ellipsis and len(items) != len(args):
         raise PunaError(f"{key!r} takes {len(args)} values, got {len(items)}", "write exactly that many")

@@ -11,6 +11,7 @@ import os
 import sys
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
+from itertools import pairwise
 from typing import Any
 
 
@@ -107,7 +108,7 @@ def curve(values: Sequence[float], width: int = 60, height: int = 8) -> str:
 
 def _resample(values: Sequence[float], columns: int) -> list[float]:
     edges = [round(i * len(values) / columns) for i in range(columns + 1)]
-    bins = [values[a : max(b, a + 1)] or values[-1:] for a, b in zip(edges, edges[1:], strict=False)]
+    bins = [values[a : max(b, a + 1)] or values[-1:] for a, b in pairwise(edges)]
     return [sum(part) / len(part) for part in bins]
 
 
@@ -117,7 +118,7 @@ _BRAILLE = ((0x01, 0x08), (0x02, 0x10), (0x04, 0x20), (0x40, 0x80))
 
 @contextmanager
 def status(text: str) -> Iterator[None]:
-    """A spinner with elapsed time while something without a known length runs; one plain line when not on a terminal."""
+    """A spinner with the elapsed time while something of unknown length runs; off a terminal, one plain line."""
     if not sys.stderr.isatty() or not is_main_rank():
         say(text)
         yield

@@ -27,8 +27,10 @@ class Batch:
     valid: int
 
     def to(self, device: torch.device) -> Batch:
-        moved = (x.to(device, non_blocking=True) for x in (self.tokens_T, self.positions_T, self.targets_T))
-        return Batch(*moved, self.attend, self.valid)
+        tokens, positions, targets = (
+            x.to(device, non_blocking=True) for x in (self.tokens_T, self.positions_T, self.targets_T)
+        )
+        return Batch(tokens, positions, targets, self.attend, self.valid)
 
 
 def pack(tokens: np.ndarray, starts: np.ndarray, offsets: Sequence[int], length: int) -> Batch:

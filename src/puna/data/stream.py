@@ -60,7 +60,9 @@ class Stream:
 
     def batch(self, first: int, count: int) -> Batch:
         """Global samples first .. first + count - 1, packed."""
-        return pack(self.corpus.tokens, self.corpus.starts, [self.window(first + i) for i in range(count)], self.seq_len)
+        return pack(
+            self.corpus.tokens, self.corpus.starts, [self.window(first + i) for i in range(count)], self.seq_len
+        )
 
     def in_order(self, count: int, limit: int) -> Iterator[Batch]:
         """Windows as they lie in the corpus, `count` at a time, at most `limit` of them: for validation."""
@@ -73,4 +75,3 @@ class Stream:
         """Bytes of text per scored token of the whole corpus: turns nats per token into bits per byte."""
         scored = len(self.corpus.tokens) - len(self.corpus.starts)
         return self.corpus.text_bytes / max(1, scored)
-

@@ -58,7 +58,9 @@ class LLM:
             outputs += self._answer(prompt, params or SamplingParams())  # type: ignore[arg-type]
         return outputs
 
-    def stream(self, prompt: Prompt, params: SamplingParams | None = None, index: int = 0) -> Iterator[tuple[str, Output]]:
+    def stream(
+        self, prompt: Prompt, params: SamplingParams | None = None, index: int = 0
+    ) -> Iterator[tuple[str, Output]]:
         """Pieces of one answer as they become sure, each with the answer so far; the last one has `finish_reason`.
 
         A piece never shows half a character nor the beginning of a stop string.
@@ -106,8 +108,7 @@ class LLM:
         outputs = []
         for index in range(params.n):
             cache = self._cache.fork() if index < params.n - 1 else self._cache
-            for _, output in self._decode(ids, logits_V, cache, params, index):
-                pass
+            *_, (_, output) = self._decode(ids, logits_V, cache, params, index)
             outputs.append(output)
         return outputs
 

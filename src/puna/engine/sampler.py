@@ -55,9 +55,9 @@ class Sampler:
 def distribution(logits_V: Tensor, params: SamplingParams) -> tuple[Tensor, Tensor | None]:
     """What is drawn from: probabilities, and the token ids they belong to (None: all, in order).
 
-    Order as in transformers and vLLM: temperature, top-k, top-p, min-p. Top-p keeps the smallest set of likeliest tokens
-    whose mass reaches p (Holtzman et al. 2020, arXiv:1904.09751); min-p those with at least p times the likeliest one's
-    probability (Nguyen et al. 2024, arXiv:2407.01082).
+    Order as in transformers and vLLM: temperature, top-k, top-p, min-p. Top-p keeps the smallest set of likeliest
+    tokens whose mass reaches p (Holtzman et al. 2020, arXiv:1904.09751); min-p those with at least p times the
+    likeliest one's probability (Nguyen et al. 2024, arXiv:2407.01082).
     """
     scaled_V = logits_V / params.temperature
     if not params.top_k and params.top_p >= 1:

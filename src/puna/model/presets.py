@@ -1,4 +1,4 @@
-"""Published shapes by name, as their config.json or params.json would say it. Read them aloud: they are only a table."""
+"""Published shapes by name, as their config.json or params.json would say it: only a table."""
 
 from __future__ import annotations
 
@@ -7,7 +7,9 @@ from typing import Any
 LLAMA3_ROPE = {"rope_type": "llama3", "low_freq_factor": 1.0, "high_freq_factor": 4.0}
 
 
-def _meta(dim: int, layers: int, heads: int, kv_heads: int, multiple_of: int, ffn: float, **rest: Any) -> dict[str, Any]:
+def _meta(
+    dim: int, layers: int, heads: int, kv_heads: int, multiple_of: int, ffn: float, **rest: Any
+) -> dict[str, Any]:
     return {"dim": dim, "n_layers": layers, "n_heads": heads, "n_kv_heads": kv_heads, "multiple_of": multiple_of,
             "ffn_dim_multiplier": ffn, "norm_eps": 1e-5, **rest}  # fmt: skip
 
@@ -50,9 +52,17 @@ HF_PRESETS: dict[str, dict[str, Any]] = {
     "qwen3_0.6b": _qwen3(1024, 28, 16, 3072, True),
     "qwen3_8b": _qwen3(4096, 36, 32, 12288, False),
     "debug": {
-        "model_type": "llama", "vocab_size": 512, "hidden_size": 64, "num_hidden_layers": 2, "num_attention_heads": 4,
-        "num_key_value_heads": 2, "intermediate_size": 192, "rms_norm_eps": 1e-5, "max_position_embeddings": 512,
-        "tie_word_embeddings": True},  # fmt: skip
+        "model_type": "llama",
+        "vocab_size": 512,
+        "hidden_size": 64,
+        "num_hidden_layers": 2,
+        "num_attention_heads": 4,
+        "num_key_value_heads": 2,
+        "intermediate_size": 192,
+        "rms_norm_eps": 1e-5,
+        "max_position_embeddings": 512,
+        "tie_word_embeddings": True,
+    },
 }
 
 NAMES = (*META_PRESETS, *HF_PRESETS)

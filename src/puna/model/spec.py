@@ -124,7 +124,9 @@ class Spec:
         try:
             return _read_config(config)
         except KeyError as error:
-            raise PunaError(f"config.json has no {error.args[0]!r}", "restore the file from the model's source") from error
+            raise PunaError(
+                f"config.json has no {error.args[0]!r}", "restore the file from the model's source"
+            ) from error
 
     @staticmethod
     def from_params(params: dict[str, Any]) -> Spec:
@@ -233,7 +235,9 @@ def _refuse_unsupported(config: dict[str, Any]) -> None:
         raise PunaError(f"model_type {family!r} is not one puna reads", f"families: {', '.join(ARCHITECTURES)}")
     for key, accepted in _FIXED.items():
         if config.get(key, accepted) not in (accepted, None):
-            raise PunaError(f"config.json has {key} = {config[key]!r}, puna supports {accepted!r} only", "use another model")
+            raise PunaError(
+                f"config.json has {key} = {config[key]!r}, puna supports {accepted!r} only", "use another model"
+            )
 
 
 def _read_config(config: dict[str, Any]) -> Spec:

@@ -50,9 +50,9 @@ class Block(nn.Module):
 class Transformer(nn.Module):
     """Tokens to hidden states; `logits` turns hidden states into scores over the vocabulary.
 
-    Build it on any device: `with torch.device("meta"): Transformer(spec)` costs nothing. Weights are uninitialised until
-    `init_weights` or a loader fills them. Rope frequencies are made on first use, on the device of the positions, so
-    `to_empty` has no buffer to spoil.
+    Build it on any device: `with torch.device("meta"): Transformer(spec)` costs nothing. Weights are uninitialised
+    until `init_weights` or a loader fills them. Rope frequencies are made on first use, on the device of the
+    positions, so `to_empty` has no buffer to spoil.
     """
 
     def __init__(self, spec: Spec):
@@ -84,7 +84,7 @@ class Transformer(nn.Module):
         return self.embed if self.lm_head is None else self.lm_head.weight
 
     def init_weights(self, generator: torch.Generator | None = None) -> None:
-        """Normal with `initializer_range`; projections into the residual stream divided by sqrt(2 L); norms 1, biases 0.
+        """Normal with `initializer_range`, those into the residual stream divided by sqrt(2 L); norms 1, biases 0.
 
         Source of the residual scaling: Radford et al. 2019 (GPT-2), section 2.3.
         """

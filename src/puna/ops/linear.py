@@ -20,9 +20,9 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 from torch import Tensor
-from torch.autograd import forward_ad
 
 from puna.ops.native import library
+from puna.ops.native.guard import PLAIN, is_watched
 
 MAX_ROWS = 8  # above, torch's blocked product wins: it reads a weight once for many rows
 
@@ -65,39 +65,24 @@ def _is_plain(x: Tensor, weight: Tensor, bias: Tensor | None) -> bool:
         x.is_cpu
         and weight.is_cpu
         and weight.dtype is dtype
-        and type(x) in _PLAIN
-        and type(weight) in _PLAIN
+        and type(x) in PLAIN
+        and type(weight) in PLAIN
         and weight.dim() == 2
         and weight.is_contiguous()
         and weight.shape[1] == x.shape[-1]
         and x.numel() > 0
         and (bias is None or _is_plain_bias(bias, weight))
-        and not _is_watched()
+        and not is_watched()
     )
-
-
-_PLAIN = (Tensor, torch.nn.Parameter)
 
 
 def _is_plain_bias(bias: Tensor, weight: Tensor) -> bool:
     return (
-        type(bias) in _PLAIN
+        type(bias) in PLAIN
         and bias.is_cpu
         and bias.dtype is weight.dtype
         and bias.shape == weight.shape[:1]
         and bias.is_contiguous()
-    )
-
-
-def _is_watched() -> bool:
-    """Autocast, jit tracing, torch.func transforms, forward-mode derivatives, or a dispatch or function mode is on."""
-    return (
-        torch.is_autocast_enabled("cpu")
-        or torch._C._get_tracing_state() is not None
-        or torch._C._functorch.maybe_current_level() is not None
-        or forward_ad._current_level >= 0
-        or torch._C._len_torch_dispatch_stack() > 0
-        or torch._C._len_torch_function_stack() > 0
     )
 
 

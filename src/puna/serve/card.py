@@ -55,7 +55,10 @@ def print_card(card: dict[str, Any]) -> None:
         ("attention", f"{heads} heads, {kv} key/value heads, head width {head_dim}{_window(card)}"),
         ("vocabulary", f"{card['vocab_size']:,}"),
         ("context", f"{card['context']:,} tokens, rope {card['rope']['type']}, theta {card['rope']['theta']:g}"),
-        ("FLOPs/token", f"{count(card['flops_per_token'])} at T = {card['flops_seq_len']:,} ({card['flops_convention']})"),
+        (
+            "FLOPs/token",
+            f"{count(card['flops_per_token'])} at T = {card['flops_seq_len']:,} ({card['flops_convention']})",
+        ),
         ("KV bytes/token", f"{card['kv_bytes_per_token']:,} in bfloat16 ({_full_context(card)} for the whole context)"),
         *((("  " if i else "") + "files", f"{name}  {size(n)}") for i, (name, n) in enumerate(card["files"].items())),
         *(("check", f"{name}: {result}") for name, result in card["checks"].items()),

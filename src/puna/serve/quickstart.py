@@ -65,7 +65,13 @@ def run_quickstart(out: str, minutes: float, text: Sequence[str]) -> dict[str, A
     after = _look(trainer)
     say(f"\nafter {trainer.step_done} steps ({after['val_bits_per_byte']:.2f} bits per byte):\n{_indent(after)}\n")
     say(f"done in {duration(time.perf_counter() - started)}. Try next:\n{_next_commands(folder)}")
-    return {**result, "before": before, "after": after, "tokenizer": str(folder / "tokenizer"), "recipe": str(recipe_file)}
+    return {
+        **result,
+        "before": before,
+        "after": after,
+        "tokenizer": str(folder / "tokenizer"),
+        "recipe": str(recipe_file),
+    }
 
 
 def _prepare(folder: Path, minutes: float, text: Sequence[str]) -> Trainer:

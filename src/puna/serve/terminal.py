@@ -56,7 +56,8 @@ def _show(llm: LLM, prompt: Prompt, params: SamplingParams, index: int, quiet: b
     """Stream one answer; a Ctrl-C keeps what is there."""
     output = Output(finish_reason="interrupted")
     try:
-        for piece, output in llm.stream(prompt, params, index):
+        for piece, so_far in llm.stream(prompt, params, index):
+            output = so_far
             if not quiet:
                 print(piece, end="", flush=True)
     except KeyboardInterrupt:

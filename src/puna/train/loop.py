@@ -16,6 +16,7 @@ import torch
 from puna.base.config import as_dict, build, read_toml
 from puna.base.console import PunaError, count, curve, say, table
 from puna.base.hardware import describe, keep_freed_memory, parse_dtype, pick_device
+from puna.base.storage import disk_error
 from puna.data.corpus import hold_out, read_documents
 from puna.data.pack import Batch
 from puna.data.stream import Stream, TokenCorpus
@@ -59,6 +60,12 @@ class Trainer:
 
     def run(self) -> dict[str, Any]:
         """Train to the last step; an interrupt saves and returns early with `interrupted`."""
+        try:
+            return self._run()
+        except OSError as error:  # metrics and curve are written outside the saves: their disk may be full, too
+            raise disk_error(error, self.run_folder) from error
+
+    def _run(self) -> dict[str, Any]:
         self._print_card()
         with _Interrupt() as interrupt:
             while self.step_done < self.recipe.train.steps and not interrupt.seen:
@@ -126,7 +133,7 @@ class Trainer:
             saved = list_steps(self.run_folder)
             raise PunaError(
                 f"the loss is {loss} at step {self.step_done} (learning rate {rate:.2e}, gradient norm {norm:.2e})",
-                f"lower --optim.lr or raise --optim.warmup_steps; {f'{saved[-1]} is whole' if saved else 'nothing saved'}",
+                f"lower --optim.lr or raise --optim.warmup_steps; saved so far: {saved[-1] if saved else 'nothing'}",
             )
         tokens = self.recipe.train.batch_size * self.recipe.data.seq_len
         row = {"step": self.step_done, "loss": loss, "lr": rate, "grad_norm": norm,
@@ -265,7 +272,11 @@ def choose_spec(section: ModelSection, tokenizer: Tokenizer, seq_len: int) -> Sp
     if shape["vocab_size"] < tokenizer.vocab_size:
         raise _vocab_error(tokenizer.vocab_size, shape["vocab_size"])
     rope.setdefault("max_position_embeddings", max(spec.max_len, seq_len))
-    ids = {"bos_token_id": tokenizer.bos_id, "eos_token_ids": tuple(tokenizer.eos_ids), "pad_token_id": tokenizer.pad_id}
+    ids = {
+        "bos_token_id": tokenizer.bos_id,
+        "eos_token_ids": tuple(tokenizer.eos_ids),
+        "pad_token_id": tokenizer.pad_id,
+    }
     return spec.replace(**shape, **ids, rope=dataclasses.replace(spec.rope, **rope))
 
 
@@ -284,7 +295,9 @@ def _check(recipe: Recipe) -> None:
     if not data.text:
         raise PunaError("the recipe names no text", 'set [data] text = ["path", ...]')
     if not (data.tokenizer or recipe.model.path):
-        raise PunaError("the recipe names no tokenizer", "make one with `puna tokenizer train`, then set data.tokenizer")
+        raise PunaError(
+            "the recipe names no tokenizer", "make one with `puna tokenizer train`, then set data.tokenizer"
+        )
     at_least_one = {"train.steps": train.steps, "train.batch_size": train.batch_size, "data.seq_len": data.seq_len,
                     "checkpoint.every": recipe.checkpoint.every, "train.log_every": train.log_every}  # fmt: skip
     for key, value in at_least_one.items():

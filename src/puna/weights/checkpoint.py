@@ -69,7 +69,7 @@ def verify(folder: Path) -> list[str]:
 
 
 def find_resume(run: Path) -> Path | None:
-    """The folder `latest` names, verified; None when the run has not saved yet. Leftovers of a killed save are removed."""
+    """The newest save, verified; None when the run has not saved yet. Leftovers of a killed save are removed."""
     for leftover in [*run.glob(".step-*.tmp"), *run.glob(".step-*.old")]:
         shutil.rmtree(leftover, ignore_errors=True)
     steps = list_steps(run)
@@ -110,7 +110,9 @@ def restore_optimizer(model: Transformer, optimizer: torch.optim.Optimizer, tens
     for joined, value in tensors.items():
         key, _, name = joined.partition("/")
         parameter = parameters[name]
-        device = torch.device("cpu") if key == "step" and value.ndim == 0 and not _fused(optimizer) else parameter.device
+        device = (
+            torch.device("cpu") if key == "step" and value.ndim == 0 and not _fused(optimizer) else parameter.device
+        )
         optimizer.state[parameter][key] = value.to(device).clone()
 
 

@@ -40,7 +40,9 @@ def load_model(
         return model.eval()
     folder = Path(path)
     if not folder.is_dir():
-        raise PunaError(f"no model folder at {path}", "give a folder with config.json and *.safetensors, or preset:NAME")
+        raise PunaError(
+            f"no model folder at {path}", "give a folder with config.json and *.safetensors, or preset:NAME"
+        )
     source = open_source(folder)
     spec = _load_spec(folder, source)
     with torch.device("meta"):
@@ -109,7 +111,9 @@ def _fill(model: Transformer, source: Source, dtype: torch.dtype, device: torch.
             tied_head = tensor.to(dtype) if disk == _head_name(source) else tied_head
             continue
         if not tensor.is_floating_point():
-            raise PunaError(f"{disk} in {folder} holds {tensor.dtype}, not floating point", "dequantize the model first")
+            raise PunaError(
+                f"{disk} in {folder} holds {tensor.dtype}, not floating point", "dequantize the model first"
+            )
         if source.table is META and ours[disk].endswith(("q_proj.weight", "k_proj.weight")):
             tensor = halves_from_pairs(tensor, model.spec.head_dim)
         _assign(model, ours[disk], tensor.to(device=device, dtype=dtype, copy=True))
@@ -190,4 +194,3 @@ def _plan_shards(tensors: dict[str, Tensor], max_shard_bytes: int) -> list[list[
         shards[-1].append(name)
         held += tensor.nbytes
     return shards
-

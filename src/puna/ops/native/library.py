@@ -38,6 +38,8 @@ def load() -> Library:
             function = getattr(kernels, name)
             function.argtypes = [ctypes.c_char_p]  # a packed struct; see `Problem` in gemv.cpp
             function.restype = None
+        for name in ("puna_attention_forward", "puna_attention_backward"):
+            getattr(kernels, name).argtypes = [ctypes.c_char_p]  # likewise; see attention.cpp
         level = int(kernels.puna_cpu_level())
     except (OSError, AttributeError) as error:
         return Library(None, 0, f"not loadable ({error})")
