@@ -199,7 +199,7 @@ def info(model: Model, /, seq_len: int = 0, json: bool = False) -> None:
 
     Args:
         model: A Hugging Face folder, a step folder of a run, or preset:NAME.
-        seq_len: Sequence length for the FLOP count; 0: the model's context.
+        seq_len: Sequence length for the FLOP count; 0: the model's context, 8,192 at most.
         json: Print one JSON object as the last line of stdout.
     """
     from puna.serve.card import model_card, print_card

@@ -42,8 +42,13 @@ def emit_json(payload: dict[str, Any]) -> None:
 
 
 def count(n: float) -> str:
-    """1234567 -> '1.23M' (powers of 1000)."""
-    return _scaled(n, 1000.0, ("", "k", "M", "G", "T", "P", "E", "Z"))
+    """Tokens, parameters: 1234567 -> '1.23M', 8.03e9 -> '8.03B'."""
+    return _scaled(n, 1000.0, ("", "k", "M", "B", "T"))
+
+
+def flops(n: float) -> str:
+    """Floating-point operations: 5.2e10 -> '52.00 GFLOP'."""
+    return _scaled(n, 1000.0, (" FLOP", " kFLOP", " MFLOP", " GFLOP", " TFLOP", " PFLOP", " EFLOP", " ZFLOP"))
 
 
 def size(n: float) -> str:
@@ -71,7 +76,7 @@ def table(rows: Sequence[Sequence[str]], header: Sequence[str] = (), title: str 
     """Rows of text as an aligned plain table; columns that hold numbers are right-aligned."""
     cells = [list(header), *map(list, rows)] if header else [list(row) for row in rows]
     widths = [max(len(row[i]) for row in cells) for i in range(len(cells[0]))]
-    numeric = [all(row[i][:1].isdigit() or row[i][:1] in "-+" for row in rows) for i in range(len(widths))]
+    numeric = [all(row[i].lstrip("-+")[:1].isdigit() for row in rows) for i in range(len(widths))]
 
     def line(row: Sequence[str]) -> str:
         pairs = zip(row, widths, numeric, strict=True)

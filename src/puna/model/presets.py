@@ -26,7 +26,8 @@ def _qwen3(hidden: int, layers: int, heads: int, ffn: int, tied: bool) -> dict[s
     return {"model_type": "qwen3", "vocab_size": 151936, "hidden_size": hidden, "num_hidden_layers": layers,
             "num_attention_heads": heads, "num_key_value_heads": 8, "head_dim": 128, "intermediate_size": ffn,
             "rms_norm_eps": 1e-6, "rope_theta": 1000000.0, "max_position_embeddings": 40960,
-            "tie_word_embeddings": tied, "bos_token_id": 151643, "eos_token_id": 151645}  # fmt: skip
+            "tie_word_embeddings": tied, "dtype": "bfloat16", "bos_token_id": 151643,
+            "eos_token_id": 151645}  # fmt: skip
 
 
 def _rope(factor: float) -> dict[str, Any]:

@@ -146,6 +146,7 @@ class Spec:
             rms_norm_eps=params.get("norm_eps", 1e-5),
             rope=rope,
             tie_word_embeddings=params.get("tied", False),
+            dtype="bfloat16",
             **(_LLAMA3_IDS if params["vocab_size"] == 128256 else {"bos_token_id": 1, "eos_token_ids": (2,)}),
         )
 

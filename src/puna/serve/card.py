@@ -5,7 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any
 
-from puna.base.console import count, size, table
+from puna.base.console import count, flops, size, table
 from puna.base.storage import read_json
 from puna.model.spec import Spec
 
@@ -16,7 +16,7 @@ CONVENTION = "training, 6 N + 12 L H Q T (PaLM appendix B): N without the embedd
 def model_card(model: str, seq_len: int = 0) -> dict[str, Any]:
     """Figures of a model folder or preset, as plain values."""
     spec = Spec.load(model)
-    length = seq_len or spec.max_len
+    length = seq_len or min(spec.max_len, 8192)
     folder = Path(model)
     width = _DTYPE_BYTES.get(spec.dtype, 2)
     return {
@@ -55,12 +55,10 @@ def print_card(card: dict[str, Any]) -> None:
         ("attention", f"{heads} heads, {kv} key/value heads, head width {head_dim}{_window(card)}"),
         ("vocabulary", f"{card['vocab_size']:,}"),
         ("context", f"{card['context']:,} tokens, rope {card['rope']['type']}, theta {card['rope']['theta']:g}"),
-        (
-            "FLOPs/token",
-            f"{count(card['flops_per_token'])} at T = {card['flops_seq_len']:,} ({card['flops_convention']})",
-        ),
+        ("FLOPs/token", f"{flops(card['flops_per_token'])} at T = {card['flops_seq_len']:,}"),
+        ("", card["flops_convention"]),
         ("KV bytes/token", f"{card['kv_bytes_per_token']:,} in bfloat16 ({_full_context(card)} for the whole context)"),
-        *((("  " if i else "") + "files", f"{name}  {size(n)}") for i, (name, n) in enumerate(card["files"].items())),
+        *(("" if i else "files", f"{name}  {size(n)}") for i, (name, n) in enumerate(card["files"].items())),
         *(("check", f"{name}: {result}") for name, result in card["checks"].items()),
     ]
     print(table([(name.ljust(16), value) for name, value in rows], title=card["model"]))

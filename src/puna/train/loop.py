@@ -14,10 +14,10 @@ from typing import Any
 import torch
 
 from puna.base.config import as_dict, build, read_toml
-from puna.base.console import PunaError, count, curve, say, table
+from puna.base.console import PunaError, count, curve, say, size, status, table
 from puna.base.hardware import describe, keep_freed_memory, parse_dtype, pick_device
 from puna.base.storage import disk_error
-from puna.data.corpus import hold_out, read_documents
+from puna.data.corpus import hold_out, read_documents, total_bytes
 from puna.data.pack import Batch
 from puna.data.stream import Stream, TokenCorpus
 from puna.model.spec import Spec
@@ -51,7 +51,8 @@ class Trainer:
         self.dtype = parse_dtype(recipe.train.dtype)
         self.tokenizer = Tokenizer.load(recipe.data.tokenizer or recipe.model.path)
         documents = hold_out(read_documents(recipe.data.text), recipe.data.val_fraction)
-        corpora = [TokenCorpus.encode(part, self.tokenizer) for part in documents]
+        with status(f"tokenizing {size(sum(map(total_bytes, documents)))} of text"):
+            corpora = [TokenCorpus.encode(part, self.tokenizer) for part in documents]
         self.stream, self.validation = (Stream(c, recipe.data.seq_len, recipe.seed) for c in corpora)
         self.fingerprint = corpora[0].fingerprint()
         self.scaler = torch.amp.GradScaler(self.device.type, enabled=self.dtype == torch.float16)

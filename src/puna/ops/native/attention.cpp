@@ -145,15 +145,16 @@ template <int ROWS> INLINE Range keys_of(int64_t i, int64_t j0, int64_t size, in
 
 // Scores that may not be seen become -inf. `scores` holds ROWS keys from j, BLOCK queries from i0 each.
 template <int LANES, int ROWS> INLINE void mask(float *scores, int64_t j, int64_t i0, Range queries, int64_t window) {
+    const ints<LANES> least = (ints<LANES>)fill<LANES>(-INFINITY);
     ints<LANES> lane;
     for (int l = 0; l < LANES; l++) lane[l] = l;
     for (int64_t n = queries.begin; n < queries.end; n += LANES) {
         if (i0 + n >= j + ROWS - 1 && i0 + n + LANES <= j + window) continue;  // all of them may be seen
         UNROLL for (int r = 0; r < ROWS; r++) {
-            ints<LANES> distance = lane + int32_t(i0 + n - (j + r));
-            ints<LANES> hidden = (distance < 0) | (distance >= int32_t(window));
             float *at = scores + r * BLOCK + n;
-            store<LANES>(at, hidden ? fill<LANES>(-INFINITY) : load<LANES>(at));
+            ints<LANES> distance = lane + int32_t(i0 + n - (j + r)), score = (ints<LANES>)load<LANES>(at);
+            ints<LANES> hidden = (distance | (int32_t(window) - 1 - distance)) >> 31;  // GCC 12 compares lane by lane
+            store<LANES>(at, (floats<LANES>)((score & ~hidden) | (least & hidden)));
         }
     }
 }
