@@ -5,16 +5,52 @@ from __future__ import annotations
 import difflib
 import sys
 from collections.abc import Callable, Sequence
-from typing import Annotated, Any, Literal
+from dataclasses import dataclass
+from typing import Annotated, Any, Literal, TypeVar
 
 import tyro
 
 from puna.base.config import describe, parse_overrides
 from puna.base.console import PunaError, emit_json, table
+from puna.engine.request import SamplingParams
 
 Model = Annotated[str, tyro.conf.arg(metavar="MODEL")]
 Paths = Annotated[tuple[str, ...], tyro.conf.arg(metavar="PATH...")]
 DType = Literal["float32", "bfloat16", "float16"]
+T = TypeVar("T")
+Flat = Annotated[T, tyro.conf.arg(name="")]  # a dataclass whose fields are options of their own, without a prefix
+
+
+@dataclass(frozen=True)
+class Sampling:
+    """How tokens are chosen: the options that `generate` and `chat` share."""
+
+    max_tokens: int = 128
+    """Longest answer, in tokens."""
+    temperature: float = 1.0
+    """0 takes the likeliest token each time."""
+    top_k: int = 0
+    """Keep the k likeliest tokens; 0 keeps all."""
+    top_p: float = 1.0
+    """Keep the likeliest tokens up to this mass."""
+    min_p: float = 0.0
+    """Keep tokens with at least this share of the likeliest one's probability."""
+    repetition_penalty: float = 1.0
+    """Above 1 makes tokens that were already seen less likely."""
+    presence_penalty: float = 0.0
+    """Subtracted once from the logits of tokens in the answer."""
+    frequency_penalty: float = 0.0
+    """Subtracted per occurrence from the logits of tokens in the answer."""
+    stop: tuple[str, ...] = ()
+    """Strings that end the answer; they are not shown."""
+    ignore_eos: bool = False
+    """Go on after an end-of-sequence token."""
+    seed: int | None = None
+    """Same seed, same text."""
+
+    def params(self, **more: Any) -> SamplingParams:
+        """The engine's form of it."""
+        return SamplingParams(**vars(self), **more)
 
 
 def run(arguments: Sequence[str]) -> None:
@@ -107,52 +143,27 @@ def generate(
     prompt: str | None = None,
     prompt_ids: str | None = None,
     n: int = 1,
-    max_tokens: int = 128,
-    temperature: float = 1.0,
-    top_k: int = 0,
-    top_p: float = 1.0,
-    min_p: float = 0.0,
-    repetition_penalty: float = 1.0,
-    presence_penalty: float = 0.0,
-    frequency_penalty: float = 0.0,
-    stop: tuple[str, ...] = (),
-    ignore_eos: bool = False,
-    seed: int | None = None,
+    sampling: Flat[Sampling] = Sampling(),
     logprobs: bool = False,
     dtype: DType = "float32",
     device: str = "auto",
     json: bool = False,
 ) -> None:
-    """Complete a prompt, once.
+    """Complete a prompt, once; the text streams to stdout.
 
     Args:
         model: A Hugging Face folder or preset:NAME.
         prompt: Text to continue.
         prompt_ids: Token ids to continue, as 1,2,3 (instead of a prompt).
         n: Answers.
-        max_tokens: Longest answer, in tokens.
-        temperature: 0 takes the likeliest token each time.
-        top_k: Keep the k likeliest tokens; 0 keeps all.
-        top_p: Keep the likeliest tokens up to this mass.
-        min_p: Keep tokens with at least this share of the likeliest one's probability.
-        repetition_penalty: Above 1 makes tokens already seen less likely.
-        presence_penalty: Subtracted once from the logits of tokens in the answer.
-        frequency_penalty: Subtracted per occurrence from the logits of tokens in the answer.
-        stop: Strings that end the answer; they are not shown.
-        ignore_eos: Go on after an end-of-sequence token.
-        seed: Same seed, same text.
         logprobs: Add log p of every token (with --json).
         dtype: Arithmetic.
         device: auto, cpu or cuda.
         json: Print one JSON object as the last line of stdout, and nothing else there.
     """
-    from puna.engine.request import SamplingParams
     from puna.serve.terminal import complete
 
-    params = SamplingParams(
-        n, temperature, top_k, top_p, min_p, repetition_penalty, presence_penalty, frequency_penalty, stop,
-        (), ignore_eos, max_tokens, seed, 0 if logprobs else None,
-    )  # fmt: skip
+    params = sampling.params(n=n, logprobs=0 if logprobs else None)
     _answer(complete(model, _prompt(prompt, prompt_ids), params, dtype, device, quiet=json), json)
 
 
@@ -160,38 +171,23 @@ def chat(
     model: Model,
     /,
     system: str = "",
-    max_tokens: int = 512,
-    temperature: float = 0.7,
-    top_k: int = 0,
-    top_p: float = 0.95,
-    min_p: float = 0.0,
-    repetition_penalty: float = 1.0,
-    seed: int | None = None,
+    sampling: Flat[Sampling] = Sampling(max_tokens=512, temperature=0.7, top_p=0.95),
     dtype: DType = "float32",
     device: str = "auto",
     json: bool = False,
 ) -> None:
-    """Talk with a model in the terminal.
+    """Talk with a model in the terminal; /reset forgets, /exit or Ctrl-D ends. Reads lines from a pipe as well.
 
     Args:
         model: A Hugging Face folder with a chat template.
         system: A system message to begin with.
-        max_tokens: Longest answer, in tokens.
-        temperature: 0 takes the likeliest token each time.
-        top_k: Keep the k likeliest tokens; 0 keeps all.
-        top_p: Keep the likeliest tokens up to this mass.
-        min_p: Keep tokens with at least this share of the likeliest one's probability.
-        repetition_penalty: Above 1 makes tokens already seen less likely.
-        seed: Same seed and same lines, same talk.
         dtype: Arithmetic.
         device: auto, cpu or cuda.
         json: Print the whole conversation as one JSON object at the end.
     """
-    from puna.engine.request import SamplingParams
     from puna.serve.terminal import talk
 
-    params = SamplingParams(1, temperature, top_k, top_p, min_p, repetition_penalty, max_tokens=max_tokens, seed=seed)
-    _answer(talk(model, system, params, dtype, device), json)
+    _answer(talk(model, system, sampling.params(), dtype, device), json)
 
 
 def info(model: Model, /, seq_len: int = 0, json: bool = False) -> None:

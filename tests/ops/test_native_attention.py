@@ -63,7 +63,9 @@ def assert_near(lengths, q, k, v, direction, window=None, bound=1e-5):
         ours(lengths, q, k, v, direction, window), exact(lengths, q, k, v, direction, window), strict=True
     ):
         assert result.shape == expected.shape
-        assert (result.double() - expected).abs().max() <= bound * expected.abs().max().clamp(min=1)  # false for nan, too
+        assert (result.double() - expected).abs().max() <= bound * expected.abs().max().clamp(
+            min=1
+        )  # false for nan, too
 
 
 @pytest.mark.usefixtures("level")

@@ -58,10 +58,9 @@ class Attention(nn.Module):
 
     def forward(self, x_TD: Tensor, cos: Tensor, sin: Tensor, attend: Attend) -> Tensor:
         # -1, not the head count: under tensor parallelism a rank holds only its share of the heads.
-        q_THK = self.q_proj(x_TD).unflatten(-1, (-1, self.head_dim))
-        k_TGK = self.k_proj(x_TD).unflatten(-1, (-1, self.head_dim))
-        v_TGK = self.v_proj(x_TD).unflatten(-1, (-1, self.head_dim))
+        heads = (x_TD.shape[0], -1, self.head_dim)
+        q_THK, k_TGK, v_TGK = (proj(x_TD).view(heads) for proj in (self.q_proj, self.k_proj, self.v_proj))
         if self.q_norm is not None and self.k_norm is not None:
             q_THK, k_TGK = self.q_norm(q_THK), self.k_norm(k_TGK)
         out_THK = attend(self.layer, rotate(q_THK, cos, sin), rotate(k_TGK, cos, sin), v_TGK, self.window)
-        return self.o_proj(out_THK.flatten(-2))
+        return self.o_proj(out_THK.flatten(1))

@@ -21,6 +21,5 @@ def rotate(x_THK: Tensor, cos_T1K: Tensor, sin_T1K: Tensor) -> Tensor:
 
     (a, b) -> (a cos - b sin, b cos + a sin); the sign of the first half is already in `sin_T1K`.
     """
-    half = x_THK.shape[-1] // 2
-    swapped = torch.cat((x_THK[..., half:], x_THK[..., :half]), -1)
+    swapped = x_THK.roll(x_THK.shape[-1] // 2, -1)
     return torch.addcmul(x_THK * cos_T1K, swapped, sin_T1K)

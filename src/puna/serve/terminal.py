@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 import sys
 import time
+from contextlib import suppress
 from typing import Any
 
 from puna.base.console import count, say
@@ -68,14 +69,16 @@ def _show(llm: LLM, prompt: Prompt, params: SamplingParams, index: int, quiet: b
 
 
 def _ask() -> str | None:
-    """The next line, or None at the end; the prompt goes to stderr, so that stdout holds answers only."""
-    try:
-        if sys.stdin.isatty():
-            print("> ", end="", file=sys.stderr, flush=True)
+    """The next line, or None at the end. At a terminal with line editing and history, from a pipe without a prompt."""
+    if not sys.stdin.isatty():
         line = sys.stdin.readline()
-    except KeyboardInterrupt:
+        return line.rstrip("\n") if line else None
+    with suppress(ImportError):
+        import readline  # noqa: F401 - input() edits lines once it is imported
+    try:
+        return input("> ")
+    except (EOFError, KeyboardInterrupt):
         return None
-    return line.rstrip("\n") if line else None
 
 
 def _json(output: Output) -> dict[str, Any]:

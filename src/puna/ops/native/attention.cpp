@@ -43,18 +43,18 @@ struct View {  // (T, heads, K) with K contiguous
     int64_t token, head;
 };
 
+struct Document {
+    int64_t start, length;
+};
+
 // The argument of the C functions, packed in Python (native/attention.py). Outputs are contiguous: o, dq (T, H, K); dk, dv
 // (T, G, K). lse (H, T), in powers of two; forward writes it unless it is null.
 struct Problem {
     View q, k, v, o, d_o;
     float *out, *lse, *dq, *dk, *dv;
-    const int64_t *documents;  // (start, length) each
+    const Document *documents;
     int64_t count, longest, tokens, heads, groups, width, window;
     int32_t threads, level;
-};
-
-struct Document {
-    int64_t start, length;
 };
 
 struct Range {
@@ -120,41 +120,51 @@ INLINE void tile(float *c, int64_t c_row, const float *a, int64_t a_row, const f
         UNROLL for (int v = 0; v < VECS; v++) store<LANES>(c + r * c_row + v * LANES, sum[r][v]);
 }
 
-// ROWS rows of c, all `columns` (a multiple of LANES) of them.
+// ROWS rows of c, as many columns as the range `columns` has (a multiple of LANES).
 template <int LANES, int ROWS, Into INTO, bool COLUMNS>
 INLINE void multiply(float *c, int64_t c_row, const float *a, int64_t a_row, const float *b, int64_t b_row, int64_t inner,
-                     int64_t columns, const float *scale = nullptr) {
+                     Range columns, const float *scale = nullptr) {
     int64_t n = 0;
-    for (; n + 2 * LANES <= columns; n += 2 * LANES)
+    for (; n + 2 * LANES <= columns.end - columns.begin; n += 2 * LANES)
         tile<LANES, ROWS, 2, INTO, COLUMNS>(c + n, c_row, a, a_row, b + n, b_row, inner, scale);
-    if (n < columns) tile<LANES, ROWS, 1, INTO, COLUMNS>(c + n, c_row, a, a_row, b + n, b_row, inner, scale);
+    if (n < columns.end - columns.begin) tile<LANES, ROWS, 1, INTO, COLUMNS>(c + n, c_row, a, a_row, b + n, b_row, inner, scale);
 }
 
-// --- which queries and keys of two blocks meet -------------------------------------------------------------------------
+// --- a block of queries meets a block of keys --------------------------------------------------------------------------
 
-// Queries of the block at i0 that see any of the ROWS keys from j, as offsets; rounded outwards to whole vectors and tiles.
-template <int LANES, int ROWS> INLINE Range queries_of(int64_t j, int64_t i0, int64_t size, int64_t window) {
+struct Pair {  // where the two begin in the document, and how many there are: whole vectors and tiles, padded at the end
+    int64_t i0, queries, j0, keys, window;
+};
+
+// Queries that see any of the ROWS keys from offset j, as offsets; rounded outwards to whole vectors and tiles.
+template <int LANES, int ROWS> INLINE Range queries_of(const Pair &pair, int64_t j) {
     constexpr int64_t GRAIN = LANES > ROWS ? LANES : ROWS;
-    return {clamp(j - i0, size) / GRAIN * GRAIN, up(clamp(j + ROWS - 1 + window - i0, size), GRAIN)};
+    const int64_t first = pair.j0 + j - pair.i0, last = first + ROWS - 1 + pair.window;
+    return {clamp(first, pair.queries) / GRAIN * GRAIN, up(clamp(last, pair.queries), GRAIN)};
 }
 
-// Keys of the block at j0 that any of the ROWS queries from i sees, as offsets; rounded outwards to whole tiles.
-template <int ROWS> INLINE Range keys_of(int64_t i, int64_t j0, int64_t size, int64_t window) {
-    return {clamp(i - window + 1 - j0, size) / ROWS * ROWS, clamp(i + ROWS - j0, size)};
+// Keys that any of the ROWS queries from offset i sees, as offsets; rounded outwards to whole tiles.
+template <int ROWS> INLINE Range keys_of(const Pair &pair, int64_t i) {
+    const int64_t self = pair.i0 + i - pair.j0;
+    return {clamp(self - pair.window + 1, pair.keys) / ROWS * ROWS, clamp(self + ROWS, pair.keys)};
 }
 
-// Scores that may not be seen become -inf. `scores` holds ROWS keys from j, BLOCK queries from i0 each.
-template <int LANES, int ROWS> INLINE void mask(float *scores, int64_t j, int64_t i0, Range queries, int64_t window) {
+// Scores of keys j .. j + ROWS with the queries that see one of them; -inf where a query does not see the key.
+template <int LANES, int ROWS>
+INLINE void score(float *scores, const Pair &pair, int64_t j, Range seen, const float *k, int64_t k_row, const float *queries,
+                  int64_t width) {
+    multiply<LANES, ROWS, STORE, false>(scores + seen.begin, BLOCK, k, k_row, queries + seen.begin, BLOCK, width, seen);
     const ints<LANES> least = (ints<LANES>)fill<LANES>(-INFINITY);
     ints<LANES> lane;
     for (int l = 0; l < LANES; l++) lane[l] = l;
-    for (int64_t n = queries.begin; n < queries.end; n += LANES) {
-        if (i0 + n >= j + ROWS - 1 && i0 + n + LANES <= j + window) continue;  // all of them may be seen
+    for (int64_t n = seen.begin; n < seen.end; n += LANES) {
+        const int64_t ahead = pair.i0 + n - pair.j0 - j;  // of the first query, over the first key
+        if (ahead >= ROWS - 1 && ahead + LANES <= pair.window) continue;  // all of them are seen
         UNROLL for (int r = 0; r < ROWS; r++) {
             float *at = scores + r * BLOCK + n;
-            ints<LANES> distance = lane + int32_t(i0 + n - (j + r)), score = (ints<LANES>)load<LANES>(at);
-            ints<LANES> hidden = (distance | (int32_t(window) - 1 - distance)) >> 31;  // GCC 12 compares lane by lane
-            store<LANES>(at, (floats<LANES>)((score & ~hidden) | (least & hidden)));
+            ints<LANES> distance = lane + int32_t(ahead - r), value = (ints<LANES>)load<LANES>(at);
+            ints<LANES> hidden = (distance | (int32_t(pair.window) - 1 - distance)) >> 31;  // GCC 12 compares lane by lane
+            store<LANES>(at, (floats<LANES>)((value & ~hidden) | (least & hidden)));
         }
     }
 }
@@ -200,78 +210,89 @@ INLINE void unpack(float *to, int64_t token, const float *from, int64_t rows, in
 
 INLINE int64_t forward_scratch(const Problem &p) {
     int64_t length = up(p.longest, PAD), padded = up(p.width, PAD);
-    return 2 * length * padded + 3 * BLOCK * padded + BLOCK * BLOCK + 4 * BLOCK;
+    return 2 * length * padded + 3 * BLOCK * padded + BLOCK * BLOCK;
 }
 
-// Queries [chunk.begin, chunk.end) of one document and head.
-template <int LANES, int ROWS>
-INLINE void forward_task(const Problem &p, Document document, int64_t head, Range chunk, float *scratch) {
-    const int64_t width = p.width, padded = up(width, PAD), kv_head = head / (p.heads / p.groups);
-    const int64_t first_key = clamp(chunk.begin - p.window + 1, document.length) / BLOCK * BLOCK;
-    const int64_t stop = up(chunk.end, PAD);
-    float *keys = scratch, *values = keys + (stop - first_key) * padded, *out = values + (stop - first_key) * padded;
-    float *rows = out + BLOCK * padded, *queries = rows + BLOCK * padded, *scores = queries + BLOCK * padded;
-    float *most = scores + BLOCK * BLOCK, *peak = most + BLOCK, *total = peak + BLOCK, *scale = total + BLOCK;
-    pack(keys, p.k, document, kv_head, {first_key, chunk.end}, stop, width, padded, 1.0f);
-    pack(values, p.v, document, kv_head, {first_key, chunk.end}, stop, width, padded, 1.0f);
+// The running softmax of a block of queries: the highest score so far, the sum of all weights relative to it, and what the
+// earlier weights must be multiplied with since this block of keys raised the maximum.
+struct Running {
+    float most[BLOCK], total[BLOCK], scale[BLOCK];
+};
 
-    for (int64_t i0 = chunk.begin; i0 < chunk.end; i0 += BLOCK) {
-        const int64_t size = smaller(BLOCK, stop - i0), real = smaller(BLOCK, chunk.end - i0);
+// Scores of one pair of blocks become weights, 2^(score - most).
+template <int LANES, int ROWS>
+INLINE void softmax(float *scores, Running &running, const Pair &pair, const float *k, int64_t k_row, const float *queries,
+                    int64_t width) {
+    memcpy(running.scale, running.most, sizeof running.most);  // the maximum before
+    for (int64_t j = 0; j < pair.keys; j += ROWS) {
+        const Range seen = queries_of<LANES, ROWS>(pair, j);
+        score<LANES, ROWS>(scores + j * BLOCK, pair, j, seen, k + j * k_row, k_row, queries, width);
+        for (int64_t n = seen.begin; n < seen.end; n += LANES) {
+            floats<LANES> most = load<LANES>(running.most + n);
+            UNROLL for (int r = 0; r < ROWS; r++) {
+                floats<LANES> value = load<LANES>(scores + (j + r) * BLOCK + n);
+                most = value > most ? value : most;
+            }
+            store<LANES>(running.most + n, most);
+        }
+    }
+    for (int64_t n = 0; n < pair.queries; n += LANES) {
+        floats<LANES> scale = exp2<LANES>(load<LANES>(running.scale + n) - load<LANES>(running.most + n));
+        store<LANES>(running.scale + n, scale);
+        store<LANES>(running.total + n, load<LANES>(running.total + n) * scale);
+    }
+    for (int64_t j = 0; j < pair.keys; j += ROWS) {
+        const Range seen = queries_of<LANES, ROWS>(pair, j);
+        for (int64_t n = seen.begin; n < seen.end; n += LANES) {
+            floats<LANES> most = load<LANES>(running.most + n), total = load<LANES>(running.total + n);
+            UNROLL for (int r = 0; r < ROWS; r++) {
+                float *at = scores + (j + r) * BLOCK + n;
+                floats<LANES> weight = exp2<LANES>(load<LANES>(at) - most);
+                store<LANES>(at, weight);
+                total += weight;
+            }
+            store<LANES>(running.total + n, total);
+        }
+    }
+}
+
+// One document, head and chunk of queries.
+template <int LANES, int ROWS> INLINE void forward_task(const Problem &p, int64_t index, float *scratch) {
+    const int64_t chunks = (p.longest + CHUNK - 1) / CHUNK, head = index / chunks % p.heads;
+    const Document document = p.documents[index / chunks / p.heads];
+    const int64_t begin = index % chunks * CHUNK, end = smaller(begin + CHUNK, document.length), stop = up(end, PAD);
+    if (begin >= end) return;
+    const int64_t width = p.width, padded = up(width, PAD), kv_head = head / (p.heads / p.groups);
+    const int64_t first_key = clamp(begin - p.window + 1, end) / BLOCK * BLOCK;
+    float *k = scratch, *v = k + (stop - first_key) * padded, *out = v + (stop - first_key) * padded;
+    float *rows = out + BLOCK * padded, *queries = rows + BLOCK * padded, *scores = queries + BLOCK * padded;
+    pack(k, p.k, document, kv_head, {first_key, end}, stop, width, padded, 1.0f);
+    pack(v, p.v, document, kv_head, {first_key, end}, stop, width, padded, 1.0f);
+
+    for (int64_t i0 = begin; i0 < end; i0 += BLOCK) {
+        const int64_t size = smaller(BLOCK, stop - i0), real = smaller(BLOCK, end - i0);
         pack(rows, p.q, document, head, {i0, i0 + real}, i0 + size, width, padded, LOG2_E / sqrtf(float(width)));
         transpose(queries, rows, size, width, padded);
         memset(out, 0, size_t(BLOCK * padded) * sizeof(float));
-        for (int64_t n = 0; n < BLOCK; n++) most[n] = -FLT_MAX, total[n] = 0.0f;
+        Running running;
+        for (int64_t n = 0; n < BLOCK; n++) running.most[n] = -FLT_MAX, running.total[n] = 0.0f;
 
         for (int64_t j0 = clamp(i0 - p.window + 1, stop) / BLOCK * BLOCK; j0 < i0 + size; j0 += BLOCK) {
-            const int64_t j_size = smaller(BLOCK, stop - j0);
-            const float *k = keys + (j0 - first_key) * padded, *v = values + (j0 - first_key) * padded;
-            memcpy(peak, most, BLOCK * sizeof(float));
-            for (int64_t j = 0; j < j_size; j += ROWS) {
-                Range seen = queries_of<LANES, ROWS>(j0 + j, i0, size, p.window);
-                float *s = scores + j * BLOCK;
-                if (seen.begin >= seen.end) continue;
-                multiply<LANES, ROWS, STORE, false>(s + seen.begin, BLOCK, k + j * padded, padded, queries + seen.begin,
-                                                    BLOCK, width, seen.end - seen.begin);
-                mask<LANES, ROWS>(s, j0 + j, i0, seen, p.window);
-                for (int64_t n = seen.begin; n < seen.end; n += LANES) {
-                    floats<LANES> high = load<LANES>(peak + n);
-                    UNROLL for (int r = 0; r < ROWS; r++) {
-                        floats<LANES> score = load<LANES>(s + r * BLOCK + n);
-                        high = score > high ? score : high;
-                    }
-                    store<LANES>(peak + n, high);
-                }
-            }
-            for (int64_t n = 0; n < size; n += LANES) {
-                floats<LANES> factor = exp2<LANES>(load<LANES>(most + n) - load<LANES>(peak + n));
-                store<LANES>(scale + n, factor);
-                store<LANES>(total + n, load<LANES>(total + n) * factor);
-            }
-            memcpy(most, peak, BLOCK * sizeof(float));
-            for (int64_t j = 0; j < j_size; j += ROWS) {
-                Range seen = queries_of<LANES, ROWS>(j0 + j, i0, size, p.window);
-                float *s = scores + j * BLOCK;
-                for (int64_t n = seen.begin; n < seen.end; n += LANES) {
-                    floats<LANES> high = load<LANES>(most + n), sum = load<LANES>(total + n);
-                    UNROLL for (int r = 0; r < ROWS; r++) {
-                        floats<LANES> weight = exp2<LANES>(load<LANES>(s + r * BLOCK + n) - high);
-                        store<LANES>(s + r * BLOCK + n, weight);
-                        sum += weight;
-                    }
-                    store<LANES>(total + n, sum);
-                }
-            }
+            const Pair pair = {i0, size, j0, smaller(BLOCK, stop - j0), p.window};
+            const int64_t at = (j0 - first_key) * padded;
+            softmax<LANES, ROWS>(scores, running, pair, k + at, padded, queries, width);
             for (int64_t i = 0; i < size; i += ROWS) {
-                Range seen = keys_of<ROWS>(i0 + i, j0, j_size, p.window);
-                if (seen.begin >= seen.end) continue;
-                multiply<LANES, ROWS, SCALE_ADD, true>(out + i * padded, padded, scores + seen.begin * BLOCK + i, BLOCK,
-                                                       v + seen.begin * padded, padded, seen.end - seen.begin, padded, scale + i);
+                const Range seen = keys_of<ROWS>(pair, i);  // if there are none, there is nothing to scale either
+                if (seen.begin < seen.end)
+                    multiply<LANES, ROWS, SCALE_ADD, true>(out + i * padded, padded, scores + seen.begin * BLOCK + i, BLOCK,
+                                                           v + at + seen.begin * padded, padded, seen.end - seen.begin,
+                                                           {0, padded}, running.scale + i);
             }
         }
         for (int64_t n = 0; n < real; n++) {
-            int64_t token = document.start + i0 + n;
-            unpack(p.out + (token * p.heads + head) * width, 0, out + n * padded, 1, width, padded, 1.0f / total[n]);
-            if (p.lse) p.lse[head * p.tokens + token] = most[n] + log2f(total[n]);
+            const int64_t token = document.start + i0 + n;
+            unpack(p.out + (token * p.heads + head) * width, 0, out + n * padded, 1, width, padded, 1.0f / running.total[n]);
+            if (p.lse) p.lse[head * p.tokens + token] = running.most[n] + log2f(running.total[n]);
         }
     }
 }
@@ -280,25 +301,58 @@ INLINE void forward_task(const Problem &p, Document document, int64_t head, Rang
 
 INLINE int64_t backward_scratch(const Problem &p) {
     int64_t length = up(p.longest, PAD), padded = up(p.width, PAD);
-    return 7 * length * padded + 2 * up(length, BLOCK) * p.width + 2 * length + BLOCK * BLOCK + 2 * PAD * BLOCK;
+    return 7 * length * padded + 2 * up(length, BLOCK) * p.width + 2 * length + BLOCK * BLOCK;
 }
 
-// All of one document and key/value head.
-template <int LANES, int ROWS> INLINE void backward_task(const Problem &p, Document document, int64_t kv_head, float *scratch) {
-    const int64_t width = p.width, padded = up(width, PAD), length = document.length, stop = up(length, PAD);
-    const int64_t matrix = stop * padded, columns = up(stop, BLOCK) * width, sharing = p.heads / p.groups;
+// What one pair of blocks adds to dv and dk; dS is left for dq. Rows of k, v, q, d_o start at the blocks, those of the
+// transposed q and d_o, too.
+struct Operands {
+    const float *k, *v, *q, *d_o, *q_columns, *do_columns, *lse, *delta;
+    float *dk, *dv;
+};
+
+template <int LANES, int ROWS>
+INLINE void key_gradients(const Operands &x, const Pair &pair, int64_t width, int64_t padded, float *ds) {
+    float weights[ROWS * BLOCK], dp[ROWS * BLOCK];
+    for (int64_t j = 0; j < pair.keys; j += ROWS) {
+        const Range seen = queries_of<LANES, ROWS>(pair, j);
+        const int64_t at = j * padded, from = seen.begin * padded, count = seen.end - seen.begin;
+        if (count <= 0) continue;
+        score<LANES, ROWS>(weights, pair, j, seen, x.k + at, padded, x.q_columns, width);
+        multiply<LANES, ROWS, STORE, false>(dp + seen.begin, BLOCK, x.v + at, padded, x.do_columns + seen.begin, BLOCK, width,
+                                            seen);
+        for (int64_t n = seen.begin; n < seen.end; n += LANES) {
+            floats<LANES> lse = load<LANES>(x.lse + n), delta = load<LANES>(x.delta + n);
+            UNROLL for (int r = 0; r < ROWS; r++) {
+                floats<LANES> weight = exp2<LANES>(load<LANES>(weights + r * BLOCK + n) - lse);
+                store<LANES>(weights + r * BLOCK + n, weight);
+                store<LANES>(ds + (j + r) * BLOCK + n, weight * (load<LANES>(dp + r * BLOCK + n) - delta));
+            }
+        }
+        multiply<LANES, ROWS, ADD, false>(x.dv + at, padded, weights + seen.begin, BLOCK, x.d_o + from, padded, count,
+                                          {0, padded});
+        multiply<LANES, ROWS, ADD, false>(x.dk + at, padded, ds + j * BLOCK + seen.begin, BLOCK, x.q + from, padded, count,
+                                          {0, padded});
+    }
+}
+
+// One document and key/value head, with all its query heads.
+template <int LANES, int ROWS> INLINE void backward_task(const Problem &p, int64_t index, float *scratch) {
+    const Document document = p.documents[index / p.groups];
+    const int64_t kv_head = index % p.groups, sharing = p.heads / p.groups, width = p.width, padded = up(width, PAD);
+    const int64_t length = document.length, stop = up(length, PAD), rows = stop * padded, columns = up(stop, BLOCK) * width;
     const Range all = {0, length};
-    float *k = scratch, *v = k + matrix, *dk = v + matrix, *dv = dk + matrix, *q = dv + matrix, *d_o = q + matrix;
-    float *dq = d_o + matrix, *q_columns = dq + matrix, *do_columns = q_columns + columns, *lse = do_columns + columns;
-    float *delta = lse + stop, *ds = delta + stop, *weights = ds + BLOCK * BLOCK, *dp = weights + PAD * BLOCK;
+    float *k = scratch, *v = k + rows, *dk = v + rows, *dv = dk + rows, *q = dv + rows, *d_o = q + rows, *dq = d_o + rows;
+    float *q_columns = dq + rows, *do_columns = q_columns + columns, *lse = do_columns + columns, *delta = lse + stop;
+    float *ds = delta + stop;
     pack(k, p.k, document, kv_head, all, stop, width, padded, 1.0f);
     pack(v, p.v, document, kv_head, all, stop, width, padded, 1.0f);
-    memset(dk, 0, size_t(2 * matrix) * sizeof(float));
+    memset(dk, 0, size_t(2 * rows) * sizeof(float));
 
     for (int64_t head = kv_head * sharing; head < (kv_head + 1) * sharing; head++) {
         pack(q, p.q, document, head, all, stop, width, padded, LOG2_E / sqrtf(float(width)));
         pack(d_o, p.d_o, document, head, all, stop, width, padded, 1.0f);
-        memset(dq, 0, size_t(matrix) * sizeof(float));
+        memset(dq, 0, size_t(rows) * sizeof(float));
         memset(lse, 0, size_t(2 * stop) * sizeof(float));
         memcpy(lse, p.lse + head * p.tokens + document.start, size_t(length) * sizeof(float));
         const float *o = p.o.data + document.start * p.o.token + head * p.o.head;
@@ -307,41 +361,19 @@ template <int LANES, int ROWS> INLINE void backward_task(const Problem &p, Docum
             transpose(q_columns + i0 * width, q + i0 * padded, smaller(BLOCK, stop - i0), width, padded);
             transpose(do_columns + i0 * width, d_o + i0 * padded, smaller(BLOCK, stop - i0), width, padded);
         }
-        for (int64_t j0 = 0; j0 < stop; j0 += BLOCK) {
-            const int64_t j_size = smaller(BLOCK, stop - j0);
-            for (int64_t i0 = j0; i0 < smaller(stop, j0 + j_size - 1 + p.window); i0 += BLOCK) {
-                const int64_t size = smaller(BLOCK, stop - i0);
-                for (int64_t j = 0; j < j_size; j += ROWS) {
-                    const Range seen = queries_of<LANES, ROWS>(j0 + j, i0, size, p.window);
-                    const int64_t seen_size = seen.end - seen.begin, at = (j0 + j) * padded, from = (i0 + seen.begin) * padded;
-                    if (seen_size <= 0) continue;
-                    multiply<LANES, ROWS, STORE, false>(weights + seen.begin, BLOCK, k + at, padded,
-                                                        q_columns + i0 * width + seen.begin, BLOCK, width, seen_size);
-                    multiply<LANES, ROWS, STORE, false>(dp + seen.begin, BLOCK, v + at, padded,
-                                                        do_columns + i0 * width + seen.begin, BLOCK, width, seen_size);
-                    mask<LANES, ROWS>(weights, j0 + j, i0, seen, p.window);
-                    for (int64_t n = seen.begin; n < seen.end; n += LANES) {
-                        floats<LANES> high = load<LANES>(lse + i0 + n), mean = load<LANES>(delta + i0 + n);
-                        UNROLL for (int r = 0; r < ROWS; r++) {
-                            float *weight = weights + r * BLOCK + n;
-                            floats<LANES> value = exp2<LANES>(load<LANES>(weight) - high);
-                            store<LANES>(weight, value);
-                            store<LANES>(ds + (j + r) * BLOCK + n, value * (load<LANES>(dp + r * BLOCK + n) - mean));
-                        }
-                    }
-                    multiply<LANES, ROWS, ADD, false>(dv + at, padded, weights + seen.begin, BLOCK, d_o + from, padded,
-                                                      seen_size, padded);
-                    multiply<LANES, ROWS, ADD, false>(dk + at, padded, ds + j * BLOCK + seen.begin, BLOCK, q + from, padded,
-                                                      seen_size, padded);
-                }
-                for (int64_t i = 0; i < size; i += ROWS) {
-                    const Range seen = keys_of<ROWS>(i0 + i, j0, j_size, p.window);
-                    if (seen.begin >= seen.end) continue;
-                    multiply<LANES, ROWS, ADD, true>(dq + (i0 + i) * padded, padded, ds + seen.begin * BLOCK + i, BLOCK,
-                                                     k + (j0 + seen.begin) * padded, padded, seen.end - seen.begin, padded);
+        for (int64_t j0 = 0; j0 < stop; j0 += BLOCK)
+            for (int64_t i0 = j0; i0 < smaller(stop, j0 + BLOCK - 1 + p.window); i0 += BLOCK) {
+                const Pair pair = {i0, smaller(BLOCK, stop - i0), j0, smaller(BLOCK, stop - j0), p.window};
+                const int64_t i_row = i0 * padded, j_row = j0 * padded, column = i0 * width;
+                key_gradients<LANES, ROWS>({k + j_row, v + j_row, q + i_row, d_o + i_row, q_columns + column,
+                                            do_columns + column, lse + i0, delta + i0, dk + j_row, dv + j_row},
+                                           pair, width, padded, ds);
+                for (int64_t i = 0; i < pair.queries; i += ROWS) {
+                    const Range seen = keys_of<ROWS>(pair, i);
+                    multiply<LANES, ROWS, ADD, true>(dq + i_row + i * padded, padded, ds + seen.begin * BLOCK + i, BLOCK,
+                                                     k + j_row + seen.begin * padded, padded, seen.end - seen.begin, {0, padded});
                 }
             }
-        }
         unpack(p.dq + (document.start * p.heads + head) * width, p.heads * width, dq, length, width, padded,
                1.0f / sqrtf(float(width)));
     }
@@ -352,34 +384,36 @@ template <int LANES, int ROWS> INLINE void backward_task(const Problem &p, Docum
 
 // --- one function per level; a tile's sums fill half of the vector registers: 32 in AVX-512 and NEON, 16 below -------------
 
-using Forward = void (*)(const Problem &, Document, int64_t, Range, float *);
-using Backward = void (*)(const Problem &, Document, int64_t, float *);
+using Task = void (*)(const Problem &, int64_t, float *);
 
-#define LEVEL(NAME, TARGET, LANES, ROWS)                                                                          \
-    TARGET void forward_##NAME(const Problem &p, Document document, int64_t head, Range chunk, float *scratch) {   \
-        forward_task<LANES, ROWS>(p, document, head, chunk, scratch);                                             \
-    }                                                                                                             \
-    TARGET void backward_##NAME(const Problem &p, Document document, int64_t kv_head, float *scratch) {            \
-        backward_task<LANES, ROWS>(p, document, kv_head, scratch);                                                \
-    }
+#define LEVEL(NAME, TARGET, LANES, ROWS)                                                                                     \
+    TARGET void forward_##NAME(const Problem &p, int64_t i, float *scratch) { forward_task<LANES, ROWS>(p, i, scratch); }    \
+    TARGET void backward_##NAME(const Problem &p, int64_t i, float *scratch) { backward_task<LANES, ROWS>(p, i, scratch); }
 
 #if defined(__x86_64__)
 LEVEL(baseline, , 4, 4)
 LEVEL(avx2, __attribute__((target("avx2,fma"))), 8, 4)
 LEVEL(avx512, __attribute__((target("avx2,fma,avx512f,avx512bw,avx512dq,avx512vl"))), 16, 8)
-Forward forward_of(int level) { return level == 2 ? forward_avx512 : level == 1 ? forward_avx2 : forward_baseline; }
-Backward backward_of(int level) { return level == 2 ? backward_avx512 : level == 1 ? backward_avx2 : backward_baseline; }
+Task forward_of(int level) { return level == 2 ? forward_avx512 : level == 1 ? forward_avx2 : forward_baseline; }
+Task backward_of(int level) { return level == 2 ? backward_avx512 : level == 1 ? backward_avx2 : backward_baseline; }
 #else
 LEVEL(baseline, , 4, 8)
-Forward forward_of(int) { return forward_baseline; }
-Backward backward_of(int) { return backward_baseline; }
+Task forward_of(int) { return forward_baseline; }
+Task backward_of(int) { return backward_baseline; }
 #endif
 
-Document document_of(const Problem &p, int64_t i) { return {p.documents[2 * i], p.documents[2 * i + 1]}; }
-
-float *reserve(int64_t values) {
-    void *memory = nullptr;
-    return posix_memalign(&memory, 64, size_t(values) * sizeof(float)) ? nullptr : (float *)memory;
+int run(const Problem &p, Task task, int64_t tasks, int64_t scratch_values) {
+    int failed = 0;
+#pragma omp parallel num_threads(p.threads) if (p.threads > 1) reduction(| : failed)
+    {
+        void *scratch = nullptr;
+        failed = posix_memalign(&scratch, 64, size_t(scratch_values) * sizeof(float)) != 0;
+#pragma omp for schedule(dynamic, 1)
+        for (int64_t i = 0; i < tasks; i++)
+            if (!failed) task(p, i, (float *)scratch);
+        free(scratch);
+    }
+    return failed;
 }
 
 }  // namespace
@@ -387,41 +421,12 @@ float *reserve(int64_t values) {
 extern "C" {
 
 // Both return 0, or 1 if there was no memory for the working arrays (the outputs are then not filled).
-int puna_attention_forward(const Problem *problem) {
-    const Problem &p = *problem;
-    const Forward task = forward_of(p.level);
-    const int64_t chunks = (p.longest + CHUNK - 1) / CHUNK, per_document = p.heads * chunks;
-    int failed = 0;
-#pragma omp parallel num_threads(p.threads) if (p.threads > 1) reduction(| : failed)
-    {
-        float *scratch = reserve(forward_scratch(p));
-        failed = !scratch;
-#pragma omp for schedule(dynamic, 1)
-        for (int64_t i = 0; i < p.count * per_document; i++) {
-            Document document = document_of(p, i / per_document);
-            int64_t begin = i % chunks * CHUNK, end = smaller(begin + CHUNK, document.length);
-            if (scratch && begin < end) task(p, document, i % per_document / chunks, {begin, end}, scratch);
-        }
-        free(scratch);
-    }
-    return failed;
+int puna_attention_forward(const Problem *p) {
+    const int64_t chunks = (p->longest + CHUNK - 1) / CHUNK;
+    return run(*p, forward_of(p->level), p->count * p->heads * chunks, forward_scratch(*p));
 }
 
-int puna_attention_backward(const Problem *problem) {
-    const Problem &p = *problem;
-    const Backward task = backward_of(p.level);
-    int failed = 0;
-#pragma omp parallel num_threads(p.threads) if (p.threads > 1) reduction(| : failed)
-    {
-        float *scratch = reserve(backward_scratch(p));
-        failed = !scratch;
-#pragma omp for schedule(dynamic, 1)
-        for (int64_t i = 0; i < p.count * p.groups; i++) {
-            Document document = document_of(p, i / p.groups);
-            if (scratch && document.length > 0) task(p, document, i % p.groups, scratch);
-        }
-        free(scratch);
-    }
-    return failed;
+int puna_attention_backward(const Problem *p) {
+    return run(*p, backward_of(p->level), p->count * p->groups, backward_scratch(*p));
 }
 }

@@ -20,7 +20,7 @@ _native = library.load()
 _VIEW = "Pqq"
 _PROBLEM = struct.Struct(5 * _VIEW + "5P" + "P7q" + "2i")  # `Problem` in attention.cpp
 _NOTHING = (0, 0, 0)
-_UNLIMITED = 2**31 - 1  # distances between tokens are 32-bit numbers
+_UNLIMITED = 2**30  # the kernel counts distances between tokens in 32 bits
 
 
 def serves(q_THK: Tensor, k_TGK: Tensor, v_TGK: Tensor) -> bool:
@@ -69,7 +69,7 @@ class _Attention(torch.autograd.Function):
         return out
 
     @staticmethod
-    @once_differentiable  # type: ignore[untyped-decorator]
+    @once_differentiable
     def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor | None, ...]:
         q, k, v, out, lse = ctx.saved_tensors
         views = [*_view(q), *_view(k), *_view(v), *_view(out)]
@@ -80,9 +80,7 @@ class _Attention(torch.autograd.Function):
         return *results, None, None
 
 
-def _forward(
-    q: Tensor, k: Tensor, v: Tensor, lse: Tensor | None, documents: Documents, window: int | None
-) -> Tensor:
+def _forward(q: Tensor, k: Tensor, v: Tensor, lse: Tensor | None, documents: Documents, window: int | None) -> Tensor:
     out = q.new_empty(q.shape)
     views = [*_view(q), *_view(k), *_view(v), *_NOTHING, *_NOTHING]
     pointers = [out.data_ptr(), 0 if lse is None else lse.data_ptr(), 0, 0, 0]
