@@ -12,7 +12,7 @@ setup(
             "puna.ops.native._kernels",
             sources=["src/puna/ops/native/gemv.cpp", "src/puna/ops/native/attention.cpp"],
             language="c++",
-            extra_compile_args=["-std=c++17", "-O3", "-fopenmp", "-fno-math-errno"],
+            extra_compile_args=["-std=c++17", "-O3", "-fopenmp", "-fno-math-errno", "-Wno-psabi"],
             extra_link_args=["-fopenmp"],
             optional=True,
         )

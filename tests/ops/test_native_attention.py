@@ -35,6 +35,10 @@ def level(request, monkeypatch):
     monkeypatch.setattr(native, "_native", library.load()._replace(level=request.param))
 
 
+class Subclass(torch.Tensor):
+    """Stands for DTensor and its like."""
+
+
 def draw(tokens, heads=4, groups=2, width=32, seed=0):
     """q, k, v and a direction for the output."""
     generator = torch.Generator().manual_seed(seed)
@@ -57,7 +61,7 @@ def exact(lengths, q, k, v, direction, window=None):
     return [out.detach(), *torch.autograd.grad(out, leaves, direction.double())]
 
 
-def assert_near(lengths, q, k, v, direction, window=None, bound=1e-5):
+def assert_near(lengths, q, k, v, direction, window=None, bound=3e-6):
     """Each of the four within `bound` of its largest value (or of 1, which the inputs are about), everywhere."""
     for result, expected in zip(
         ours(lengths, q, k, v, direction, window), exact(lengths, q, k, v, direction, window), strict=True
@@ -110,8 +114,8 @@ def test_large_scores_neither_overflow_nor_lose_the_maximum(factor):
     q, k, v, direction = draw(200)
     q, k = q.round() * factor, k.round()  # whole numbers: fp32 scores are exact up to the 1 / sqrt(K)
     q[:, :, 16:], k[:, :, 16:] = 0, 0
-    assert_near([200], q, k, v, direction, bound=1e-5 * factor / 30)
-    assert_near([200], -q.abs(), k.abs(), v, direction, bound=1e-5 * factor / 30)
+    assert_near([200], q, k, v, direction, bound=3e-6 * factor / 30)
+    assert_near([200], -q.abs(), k.abs(), v, direction, bound=3e-6 * factor / 30)
 
 
 def test_softmax_is_exact_where_it_is_one():
@@ -122,6 +126,18 @@ def test_softmax_is_exact_where_it_is_one():
     k[0], q[:] = 1e3, 1e3
     k[1:] = -1e3
     assert torch.equal(PackedCausal.of([50])(0, q, k, v, None), v[:1].expand_as(v))
+
+
+@pytest.mark.usefixtures("level")
+def test_small_weights_keep_their_digits():
+    """Documents of two tokens with scores (s, 0) and values (1, 0): the second output is e^s / (1 + e^s)."""
+    s = torch.cat([torch.linspace(-1, 0, 500), torch.linspace(-85, -1, 500), torch.tensor([-90.0, -1e30, -torch.inf])])
+    q, k, v = torch.ones(2 * len(s), 1, 1), torch.zeros(2 * len(s), 1, 1), torch.zeros(2 * len(s), 1, 1)
+    k[::2, 0, 0], v[::2] = s, 1
+    out = PackedCausal.of([2] * len(s))(0, q, k, v, None)[1::2].flatten().double()
+    expected = s.double().sigmoid()
+    assert ((out - expected).abs() <= expected * (4e-7 + 2e-7 * s.double().abs().clamp(max=100)))[:-3].all()
+    assert (out[-3:] == 0).all()
 
 
 @pytest.mark.parametrize("which", [0, 1, 2])
@@ -218,6 +234,7 @@ def test_others_are_left_to_torch(monkeypatch):
         attend(0, q, k, v, None)
     with FakeTensorMode() as mode:
         assert attend(0, *(mode.from_tensor(x) for x in (q, k, v)), None).shape == q.shape
+    attend(0, q.as_subclass(Subclass), k, v, None)
     compiled = torch.compile(attend, backend="aot_eager", fullgraph=True)
     assert torch.allclose(compiled(0, q, k, v, None), expected, atol=1e-5)
     torch.compiler.reset()

@@ -28,8 +28,6 @@
 #define INLINE static inline __attribute__((always_inline))
 #define UNROLL _Pragma("GCC unroll 8")
 
-#pragma GCC diagnostic ignored "-Wpsabi"  // vectors pass between inlined functions only
-
 namespace {
 
 constexpr int64_t BLOCK = 64;   // queries, and keys, of one block
