@@ -10,7 +10,8 @@ setup(
     ext_modules=[
         Extension(
             "puna.ops.native._kernels",
-            sources=["src/puna/ops/native/gemv.cpp", "src/puna/ops/native/attention.cpp"],
+            sources=[f"src/puna/ops/native/{name}.cpp" for name in ("gemv", "attention", "token")],
+            depends=["src/puna/ops/native/vector.h"],
             language="c++",
             extra_compile_args=["-std=c++17", "-O3", "-fopenmp", "-fno-math-errno", "-Wno-psabi"],
             extra_link_args=["-fopenmp"],

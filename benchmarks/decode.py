@@ -10,7 +10,6 @@ from __future__ import annotations
 
 import tempfile
 import time
-from pathlib import Path
 
 import torch
 from side_by_side import arguments, compare, report, shape

@@ -91,7 +91,7 @@ def _overview() -> str:
     )
 
 
-def quickstart(out: str = "quickstart", minutes: float = 3.5, text: tuple[str, ...] = (), json: bool = False) -> None:
+def quickstart(out: str = "quickstart", minutes: float = 3.0, text: tuple[str, ...] = (), json: bool = False) -> None:
     """The whole road on this machine, no download: tokenizer, training, a completion.
 
     Args:

@@ -45,6 +45,14 @@ def test_order_is_a_function_of_seed_and_index() -> None:
     assert not torch.equal(whole.tokens_T, Stream(corpus([300, 41, 7]), 8, seed=4).batch(0, 60).tokens_T)
 
 
+def test_validation_windows_are_spread_and_never_repeat() -> None:
+    stream = Stream(corpus([100]), 8, seed=1)
+    few = [batch.tokens_T.view(-1, 8)[:, 0].tolist() for batch in stream.sample_evenly(2, limit=4)]
+    assert few == [[0, 24], [48, 72]]
+    every = torch.cat([batch.tokens_T for batch in stream.sample_evenly(5, limit=999)])
+    assert every.tolist() == list(range(96))
+
+
 def test_too_little_text() -> None:
     with pytest.raises(PunaError, match="8 tokens, one sequence needs 9"):
         Stream(corpus([8]), 8, 0)

@@ -49,7 +49,7 @@ def test_a_full_disk_keeps_the_previous_save(recipe, monkeypatch) -> None:
         real(tensors, path, metadata)
 
     monkeypatch.setattr(folder, "save_file", save_then_fill)
-    with pytest.raises(PunaError, match="disk is full while writing .*step-000010"):
+    with pytest.raises(PunaError, match=r"disk is full while writing .*step-000010"):
         puna.train(recipe)
     assert os.readlink(f"{recipe['out']}/latest") == "step-000005"
     assert sorted(n for n in os.listdir(recipe["out"]) if "step" in n) == ["step-000005"]

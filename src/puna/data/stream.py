@@ -64,12 +64,15 @@ class Stream:
             self.corpus.tokens, self.corpus.starts, [self.window(first + i) for i in range(count)], self.seq_len
         )
 
-    def in_order(self, count: int, limit: int) -> Iterator[Batch]:
-        """Windows as they lie in the corpus, `count` at a time, at most `limit` of them: for validation."""
-        last = min(self.windows, limit)
-        for first in range(0, last, count):
-            offsets = [i * self.seq_len for i in range(first, min(first + count, last))]
-            yield pack(self.corpus.tokens, self.corpus.starts, offsets, self.seq_len)
+    def sample_evenly(self, count: int, limit: int) -> Iterator[Batch]:
+        """At most `limit` windows spread evenly over the corpus, `count` at a time, always the same: for validation.
+
+        Evenly, because neighbours are alike: the first windows of a sorted folder may all be tables of numbers.
+        """
+        chosen = min(self.windows, limit)
+        offsets = [i * self.windows // chosen * self.seq_len for i in range(chosen)]
+        for first in range(0, chosen, count):
+            yield pack(self.corpus.tokens, self.corpus.starts, offsets[first : first + count], self.seq_len)
 
     def bytes_per_token(self) -> float:
         """Bytes of text per scored token of the whole corpus: turns nats per token into bits per byte."""

@@ -15,6 +15,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from puna.ops.native import attention as native
+from puna.ops.native import token
 
 
 @dataclass(frozen=True)
@@ -115,10 +116,11 @@ class CachedCausal:
 
 
 def _one_query(q_1HK: Tensor, k_GSK: Tensor, v_GSK: Tensor) -> Tensor:
-    """Attention of a single new token, no mask. The queries that share a kv head go in as rows of one product:
-    nothing is repeated, and in bf16 torch's kernel is several times faster with more than one row."""
-    groups, _, width = k_GSK.shape
-    q_GRK = q_1HK.view(groups, -1, width)
+    """Attention of a single new token, no mask. In torch the queries that share a kv head go in as rows of one product:
+    nothing is repeated, and in bf16 its kernel is several times faster with more than one row."""
+    if not torch.compiler.is_compiling() and token.serves_query(q_1HK, k_GSK, v_GSK):
+        return token.query(q_1HK, k_GSK, v_GSK)
+    q_GRK = q_1HK.view(k_GSK.shape[0], -1, k_GSK.shape[2])
     return F.scaled_dot_product_attention(q_GRK[None], k_GSK[None], v_GSK[None]).view(q_1HK.shape)
 
 

@@ -104,11 +104,11 @@ class Trainer:
 
     @torch.no_grad()
     def validate(self) -> dict[str, float]:
-        """Loss on held-out files: windows of seq_len, none overlapping, the first tokens of each without context."""
+        """Loss on held-out files: evenly spread windows, none overlapping, the first tokens of each without context."""
         data = self.recipe.data
         nll = valid = 0.0
         limit = max(1, self.recipe.validation.max_tokens // data.seq_len)
-        for batch in self.validation.in_order(self._micro_size(), limit):
+        for batch in self.validation.sample_evenly(self._micro_size(), limit):
             nll += self.loss(batch.to(self.device))[1].item()
             valid += batch.valid
         loss = nll / max(1.0, valid)

@@ -9,68 +9,11 @@
 // Each dot product is summed in an order that depends on k and the vector width alone, so y[m, n] is the same bit for
 // bit whatever the number of rows and threads.
 //
-// Vectors are the compiler's own (`vector_size`, GCC and Clang): one template becomes AVX-512, AVX2, SSE2 or NEON code,
-// and the caller passes the level, found once with `puna_cpu_level`. Nothing outside the arrays is read (a prefetch is no read).
+// Nothing outside the arrays is read (a prefetch is no read).
 
-#include <cstdint>
-#include <cstring>
-
-#define INLINE static inline __attribute__((always_inline))
-#define UNROLL _Pragma("GCC unroll 8")
+#include "vector.h"
 
 namespace {
-
-struct bf16 {
-    uint16_t bits;
-};
-
-template <int LANES> struct Vector {
-    typedef float floats __attribute__((vector_size(LANES * 4)));
-    typedef uint32_t words __attribute__((vector_size(LANES * 4)));
-    typedef floats floats_anywhere __attribute__((aligned(1), may_alias));  // for loads from any address
-    typedef words words_anywhere __attribute__((aligned(1), may_alias));
-};
-template <int LANES> using floats = typename Vector<LANES>::floats;
-
-// One step of k: 2 * LANES values as two vectors. Which values share a lane is free, as long as x and w agree.
-template <int LANES> INLINE void load(const float *from, floats<LANES> &first, floats<LANES> &second) {
-    first = *(const typename Vector<LANES>::floats_anywhere *)from;
-    second = *(const typename Vector<LANES>::floats_anywhere *)(from + LANES);
-}
-
-// A bf16 is the upper half of an fp32: seen as 32-bit words, the odd values are in place and the even ones need a shift.
-template <int LANES> INLINE void load(const bf16 *from, floats<LANES> &first, floats<LANES> &second) {
-    typename Vector<LANES>::words words = *(const typename Vector<LANES>::words_anywhere *)from;
-    first = (floats<LANES>)(words << 16);
-    second = (floats<LANES>)(words & 0xffff0000u);
-}
-
-template <int LANES> INLINE float sum(const floats<LANES> &v) {
-    if constexpr (LANES == 4) {
-        return (v[0] + v[2]) + (v[1] + v[3]);
-    } else {
-        floats<LANES / 2> halves[2];
-        memcpy(halves, &v, sizeof v);
-        return sum<LANES / 2>(halves[0] + halves[1]);
-    }
-}
-
-INLINE float widen(float value) { return value; }
-INLINE float widen(bf16 value) {
-    uint32_t word = uint32_t(value.bits) << 16;
-    float result;
-    memcpy(&result, &word, sizeof result);
-    return result;
-}
-
-INLINE void narrow(float value, float *to) { *to = value; }
-INLINE void narrow(float value, bf16 *to) {
-    uint32_t word;
-    memcpy(&word, &value, sizeof word);
-    // To nearest, ties to even. A carry out of the mantissa rounds up to infinity; a nan cannot carry over to zero, as
-    // those that come from bf16 numbers have no bits in the lower half.
-    to->bits = uint16_t((word + 0x7fffu + ((word >> 16) & 1u)) >> 16);
-}
 
 // The argument of the C functions, laid out as struct.pack("PPPPqqqqii") does: one packed argument crosses from Python a
 // microsecond faster than ten. x (rows, k) with row stride x_stride, w (n, k), bias (n) or null, y (rows, n); k > 0.
@@ -140,8 +83,6 @@ template <typename T, int LANES, int MAX_ROWS> INLINE void stripes(const Problem
 
 // One function per level; a tile's sums fill half of its vector registers: 32 in AVX-512 and NEON, 16 in SSE2 and AVX2.
 #if defined(__x86_64__)
-#define AVX2 __attribute__((target("avx2,fma")))
-#define AVX512 __attribute__((target("avx2,fma,avx512f,avx512bw,avx512dq,avx512vl")))
 template <typename T> void columns_baseline(const Problem<T> &p, int64_t begin, int64_t end) {
     stripes<T, 4, 2>(p, begin, end);
 }

@@ -11,6 +11,10 @@ from typing import NamedTuple
 
 # The exact name this Python's build gives the extension: one left behind by another Python or processor is not taken.
 PATH = Path(__file__).with_name("_kernels" + (sysconfig.get_config_var("EXT_SUFFIX") or ".so"))
+_FUNCTIONS = (
+    "puna_gemv_float32", "puna_gemv_bfloat16", "puna_attention_forward", "puna_attention_backward",
+    "puna_norm_float32", "puna_norm_bfloat16", "puna_query_float32", "puna_query_bfloat16",
+)  # fmt: skip
 LEVELS = ("baseline", "AVX2", "AVX-512")
 
 
@@ -34,12 +38,8 @@ def load() -> Library:
         return Library(None, 0, "not built (install a C++ compiler, then `pip install` puna again)")
     try:
         kernels = ctypes.CDLL(str(PATH))
-        for name in ("puna_gemv_float32", "puna_gemv_bfloat16"):
-            function = getattr(kernels, name)
-            function.argtypes = [ctypes.c_char_p]  # a packed struct; see `Problem` in gemv.cpp
-            function.restype = None
-        for name in ("puna_attention_forward", "puna_attention_backward"):
-            getattr(kernels, name).argtypes = [ctypes.c_char_p]  # likewise; see attention.cpp
+        for name in _FUNCTIONS:
+            getattr(kernels, name).argtypes = [ctypes.c_char_p]  # a packed struct, described in the C++ file
         level = int(kernels.puna_cpu_level())
     except (OSError, AttributeError) as error:
         return Library(None, 0, f"not loadable ({error})")
