@@ -51,8 +51,8 @@ def linear(x_TD: Tensor, weight_ND: Tensor, bias_N: Tensor | None = None) -> Ten
 
 
 def describe() -> str:
-    """One line for the start card: who multiplies on this CPU, and why."""
-    return f"decode kernels: {_native.reason}; fp32 matmul: {'oneDNN' if _onednn() else 'torch default'}"
+    """One line for the start card: whose kernels run on this CPU, and why."""
+    return f"native: {_native.reason}; fp32 matmul: {'oneDNN' if _onednn() else 'torch default'}"
 
 
 def _is_plain(x: Tensor, weight: Tensor, bias: Tensor | None) -> bool:

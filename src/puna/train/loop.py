@@ -23,6 +23,7 @@ from puna.data.stream import Stream, TokenCorpus
 from puna.model.spec import Spec
 from puna.model.transformer import Transformer
 from puna.ops.basic import cross_entropy
+from puna.ops.linear import describe as describe_kernels
 from puna.text.tokenizer import Tokenizer
 from puna.train.metrics import HEADER, Metrics, plot_png, print_step
 from puna.train.optim import build_optimizer, clip_gradients, learning_rate, set_learning_rate
@@ -230,6 +231,7 @@ class Trainer:
                      f"{len(self.validation.corpus.starts)} files held out"),
             ("run", f"{recipe.train.steps} steps of {tokens} tokens ({epochs:.2f} epochs), from step {self.step_done}"),
             ("machine", f"{describe()}; {recipe.train.dtype}, {torch.get_num_threads()} threads"),
+            ("kernels", describe_kernels() if self.device.type == "cpu" else "torch"),
             ("out", str(self.run_folder)),
         ]  # fmt: skip
         say(table(rows))
