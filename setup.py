@@ -11,7 +11,7 @@ setup(
         Extension(
             "puna.ops.native._kernels",
             sources=[f"src/puna/ops/native/{name}.cpp" for name in ("gemv", "attention", "token")],
-            depends=["src/puna/ops/native/vector.h"],
+            depends=[f"src/puna/ops/native/{name}.h" for name in ("vector", "product")],
             language="c++",
             extra_compile_args=["-std=c++17", "-O3", "-fopenmp", "-fno-math-errno", "-Wno-psabi"],
             extra_link_args=["-fopenmp"],

@@ -26,7 +26,7 @@ def test_the_whole_road(quick, tmp_path, capsys) -> None:
     err = capsys.readouterr().err
     assert "before training" in err
     assert "⠀" in err  # the terminal curve
-    assert f"puna generate {folder}/latest" in err
+    assert f"generate {folder}/latest" in err
     model = puna.load_model(folder / "latest")
     assert model.spec.bos_token_id is not None
     json.dumps(result)

@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import os
+import shutil
+import sys
 import time
 from collections.abc import Sequence
 from dataclasses import replace
@@ -112,9 +115,11 @@ def _indent(look: dict[str, Any]) -> str:
 
 
 def _next_commands(folder: Path) -> str:
+    """Lines to paste: `puna` by the path it was called by, unless it is on the PATH."""
+    puna = "puna" if shutil.which("puna") else os.path.relpath(sys.argv[0]) if sys.argv[0].endswith("puna") else "puna"
     model = folder / "latest"
     return "\n".join(
-        f"    puna {line}"
+        f"    {puna} {line}"
         for line in (
             f'generate {model} --prompt "class Stack:" --temperature 0.7',
             f"info {model}",

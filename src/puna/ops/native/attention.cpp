@@ -16,17 +16,12 @@
 //
 // One task is one (document, head) - backward: one (document, key/value head), with all its query heads. A task owns what
 // it writes and sums in a fixed order, so results depend neither on the run nor on the number of threads.
-//
-// Vectors are the compiler's own, as in gemv.cpp.
 
 #include <cfloat>
 #include <cmath>
-#include <cstdint>
 #include <cstdlib>
-#include <cstring>
 
-#define INLINE static inline __attribute__((always_inline))
-#define UNROLL _Pragma("GCC unroll 8")
+#include "product.h"
 
 namespace {
 
@@ -55,78 +50,9 @@ struct Problem {
     int32_t threads, level;
 };
 
-struct Range {
-    int64_t begin, end;
-};
-
 constexpr int64_t up(int64_t n, int64_t step) { return (n + step - 1) / step * step; }
 INLINE int64_t clamp(int64_t n, int64_t most) { return n < 0 ? 0 : n > most ? most : n; }
 INLINE int64_t smaller(int64_t a, int64_t b) { return a < b ? a : b; }
-
-template <int LANES> struct Vector {
-    typedef float floats __attribute__((vector_size(LANES * 4)));
-    typedef int32_t ints __attribute__((vector_size(LANES * 4)));
-    typedef floats floats_anywhere __attribute__((aligned(4), may_alias));
-};
-template <int LANES> using floats = typename Vector<LANES>::floats;
-template <int LANES> using ints = typename Vector<LANES>::ints;
-
-template <int LANES> INLINE floats<LANES> load(const float *from) {
-    return *(const typename Vector<LANES>::floats_anywhere *)from;
-}
-template <int LANES> INLINE void store(float *to, floats<LANES> v) { *(typename Vector<LANES>::floats_anywhere *)to = v; }
-template <int LANES> INLINE floats<LANES> fill(float value) { return floats<LANES>{} + value; }
-
-// 2^x for x < 128, relative error 2e-7; exactly 0 below 2^-126 (so at -inf), nan stays nan. x = n + f with n whole: adding
-// 1.5 * 2^23 rounds x to n in the low bits; 2^f on [-1/2, 1/2] is a polynomial fitted for least relative error (2e-9).
-template <int LANES> INLINE floats<LANES> exp2(floats<LANES> x) {
-    constexpr float ROUND = 12582912.0f;
-    floats<LANES> shifted = x + ROUND, f = x - (shifted - ROUND), p = fill<LANES>(0.000153533620f);
-    p = p * f + 0.00133988750f;
-    p = p * f + 0.00961843692f;
-    p = p * f + 0.0555033237f;
-    p = p * f + 0.240226477f;
-    p = p * f + 0.693147182f;
-    p = p * f + 1.0f;
-    ints<LANES> power = ((ints<LANES>)shifted + 127) << 23;  // the bits of ROUND itself are shifted out
-    return (floats<LANES>)((ints<LANES>)(p * (floats<LANES>)power) & ~(x < -126.0f));
-}
-
-// --- the product: c = a b --------------------------------------------------------------------------------------------
-
-enum Into { STORE, ADD, SCALE_ADD };  // c = ab, c += ab, c = c * scale[row] + ab
-
-// ROWS x (VECS * LANES) of c, its sums in registers. a[row][k], or with COLUMNS a[k][row]; b[k][column].
-template <int LANES, int ROWS, int VECS, Into INTO, bool COLUMNS>
-INLINE void tile(float *c, int64_t c_row, const float *a, int64_t a_row, const float *b, int64_t b_row, int64_t inner,
-                 const float *scale) {
-    floats<LANES> sum[ROWS][VECS];
-    UNROLL for (int r = 0; r < ROWS; r++)
-        UNROLL for (int v = 0; v < VECS; v++) {
-            sum[r][v] = INTO == STORE ? floats<LANES>{} : load<LANES>(c + r * c_row + v * LANES);
-            if (INTO == SCALE_ADD) sum[r][v] *= scale[r];
-        }
-    for (int64_t k = 0; k < inner; k++, b += b_row, a += COLUMNS ? a_row : 1) {
-        floats<LANES> row[VECS];
-        UNROLL for (int v = 0; v < VECS; v++) row[v] = load<LANES>(b + v * LANES);
-        UNROLL for (int r = 0; r < ROWS; r++) {
-            float value = COLUMNS ? a[r] : a[r * a_row];
-            UNROLL for (int v = 0; v < VECS; v++) sum[r][v] += value * row[v];
-        }
-    }
-    UNROLL for (int r = 0; r < ROWS; r++)
-        UNROLL for (int v = 0; v < VECS; v++) store<LANES>(c + r * c_row + v * LANES, sum[r][v]);
-}
-
-// ROWS rows of c, as many columns as the range `columns` has (a multiple of LANES).
-template <int LANES, int ROWS, Into INTO, bool COLUMNS>
-INLINE void multiply(float *c, int64_t c_row, const float *a, int64_t a_row, const float *b, int64_t b_row, int64_t inner,
-                     Range columns, const float *scale = nullptr) {
-    int64_t n = 0;
-    for (; n + 2 * LANES <= columns.end - columns.begin; n += 2 * LANES)
-        tile<LANES, ROWS, 2, INTO, COLUMNS>(c + n, c_row, a, a_row, b + n, b_row, inner, scale);
-    if (n < columns.end - columns.begin) tile<LANES, ROWS, 1, INTO, COLUMNS>(c + n, c_row, a, a_row, b + n, b_row, inner, scale);
-}
 
 // --- a block of queries meets a block of keys --------------------------------------------------------------------------
 
@@ -390,8 +316,8 @@ using Task = void (*)(const Problem &, int64_t, float *);
 
 #if defined(__x86_64__)
 LEVEL(baseline, , 4, 4)
-LEVEL(avx2, __attribute__((target("avx2,fma"))), 8, 4)
-LEVEL(avx512, __attribute__((target("avx2,fma,avx512f,avx512bw,avx512dq,avx512vl"))), 16, 8)
+LEVEL(avx2, AVX2, 8, 4)
+LEVEL(avx512, AVX512, 16, 8)
 Task forward_of(int level) { return level == 2 ? forward_avx512 : level == 1 ? forward_avx2 : forward_baseline; }
 Task backward_of(int level) { return level == 2 ? backward_avx512 : level == 1 ? backward_avx2 : backward_baseline; }
 #else

@@ -19,10 +19,33 @@ struct bf16 {
 template <int LANES> struct Vector {
     typedef float floats __attribute__((vector_size(LANES * 4)));
     typedef uint32_t words __attribute__((vector_size(LANES * 4)));
+    typedef int32_t ints __attribute__((vector_size(LANES * 4)));
     typedef floats floats_anywhere __attribute__((aligned(1), may_alias));  // for loads from any address
     typedef words words_anywhere __attribute__((aligned(1), may_alias));
 };
 template <int LANES> using floats = typename Vector<LANES>::floats;
+template <int LANES> using ints = typename Vector<LANES>::ints;
+
+template <int LANES> INLINE floats<LANES> load(const float *from) {
+    return *(const typename Vector<LANES>::floats_anywhere *)from;
+}
+template <int LANES> INLINE void store(float *to, floats<LANES> v) { *(typename Vector<LANES>::floats_anywhere *)to = v; }
+template <int LANES> INLINE floats<LANES> fill(float value) { return floats<LANES>{} + value; }
+
+// 2^x for x < 128, relative error 2e-7; exactly 0 below 2^-126 (so at -inf), nan stays nan. x = n + f with n whole: adding
+// 1.5 * 2^23 rounds x to n in the low bits; 2^f on [-1/2, 1/2] is a polynomial fitted for least relative error (2e-9).
+template <int LANES> INLINE floats<LANES> exp2(floats<LANES> x) {
+    constexpr float ROUND = 12582912.0f;
+    floats<LANES> shifted = x + ROUND, f = x - (shifted - ROUND), p = fill<LANES>(0.000153533620f);
+    p = p * f + 0.00133988750f;
+    p = p * f + 0.00961843692f;
+    p = p * f + 0.0555033237f;
+    p = p * f + 0.240226477f;
+    p = p * f + 0.693147182f;
+    p = p * f + 1.0f;
+    ints<LANES> power = ((ints<LANES>)shifted + 127) << 23;  // the bits of ROUND itself are shifted out
+    return (floats<LANES>)((ints<LANES>)(p * (floats<LANES>)power) & ~(x < -126.0f));
+}
 
 // One step of k: 2 * LANES values as two vectors. Which values share a lane is free, as long as x and w agree.
 template <int LANES> INLINE void load(const float *from, floats<LANES> &first, floats<LANES> &second) {
