@@ -53,3 +53,13 @@ def test_an_unfinished_run_goes_on_and_a_finished_one_is_kept(quick, tmp_path, m
     before = (tmp_path / "q" / "metrics.jsonl").read_bytes()
     assert quick()["step"] == total
     assert (tmp_path / "q" / "metrics.jsonl").read_bytes() == before
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(900)
+def test_the_real_one_learns_python(tmp_path) -> None:
+    """As a stranger runs it, on the standard library: from above 3.5 to at most 2.3 bits per byte, visibly Python."""
+    result = quickstart.run_quickstart(str(tmp_path / "q"), 3.0, [])
+    assert result["before"]["val_bits_per_byte"] > 3.5
+    assert result["val_bits_per_byte"] <= 2.3
+    assert any(word in result["after"]["text"] for word in ("def ", "return ", "self."))

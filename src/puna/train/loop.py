@@ -176,9 +176,6 @@ class Trainer:
             self.step_done = state["step"]
         self.metrics = Metrics(self.run_folder, self.step_done)
         self._seconds: list[float] = []
-        if self.recipe.train.compile:
-            for block in self.model.layers:
-                block.compile()
 
     def _build_model(self, save: Path | None) -> Transformer:
         section = self.recipe.model

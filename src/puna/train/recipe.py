@@ -57,7 +57,6 @@ class TrainSection:
     micro_batch_size: int = knob(0, "sequences per forward pass; 0: all of batch_size")
     dtype: str = knob("float32", "arithmetic: float32, bfloat16 or float16 (loss-scaled); weights stay float32")
     device: str = knob("auto", "auto, cpu or cuda")
-    compile: bool = knob(False, "torch.compile each block (25-60 s before the first step)")
     log_every: int = knob(1, "steps between printed lines; every step is in metrics.jsonl")
 
 
