@@ -175,7 +175,9 @@ def test_never_resume_protects_a_run(recipe) -> None:
         puna.train(recipe, {"checkpoint.resume": "never"})
 
 
-def test_a_diverging_run_says_so(recipe) -> None:
-    with pytest.raises(PunaError, match="the loss is nan at step") as caught:
-        puna.train(recipe, {"optim.lr": 1e9, "optim.grad_clip": 0.0})
+def test_a_diverging_run_says_so_and_saves_no_nan(recipe) -> None:
+    with pytest.raises(PunaError, match=r"diverged at step \d+: loss") as caught:
+        puna.train(recipe, {"optim.lr": 1e9, "optim.grad_clip": 0.0, "checkpoint.every": 1})
     assert "optim.lr" in caught.value.hint
+    saved = puna.load_model(f"{recipe['out']}/latest")
+    assert all(torch.isfinite(parameter).all() for parameter in saved.parameters())

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import dataclasses
 import math
 import os
 import signal
@@ -20,14 +19,14 @@ from puna.base.storage import disk_error
 from puna.data.corpus import hold_out, read_documents, total_bytes
 from puna.data.pack import Batch
 from puna.data.stream import Stream, TokenCorpus
-from puna.model.spec import Spec
 from puna.model.transformer import Transformer
 from puna.ops.basic import cross_entropy
 from puna.ops.linear import describe as describe_kernels
 from puna.text.tokenizer import Tokenizer
 from puna.train.metrics import HEADER, Metrics, plot_png, print_step
 from puna.train.optim import build_optimizer, clip_gradients, learning_rate, set_learning_rate
-from puna.train.recipe import ModelSection, Recipe
+from puna.train.recipe import Recipe
+from puna.train.setup import check_recipe, check_resume, choose_spec, vocab_error
 from puna.weights.checkpoint import find_resume, list_steps, load_checkpoint, save_checkpoint, verify
 from puna.weights.folder import empty_model, load_model
 
@@ -45,7 +44,7 @@ class Trainer:
     """One run on one device. Its state is the model, the optimizer, the loss scale and the number of steps done."""
 
     def __init__(self, recipe: Recipe):
-        _check(recipe)
+        check_recipe(recipe)
         keep_freed_memory()
         self.recipe, self.run_folder = recipe, Path(recipe.out)
         self.device = pick_device(recipe.train.device)
@@ -91,11 +90,13 @@ class Trainer:
             total += nll
         set_learning_rate(self.optimizer, self._learning_rate())
         self.scaler.unscale_(self.optimizer)
-        norm = clip_gradients(self.model, self.recipe.optim.grad_clip)
+        norm = clip_gradients(self.model, self.recipe.optim.grad_clip).item()
+        mean = (total / valid).item()
+        self._refuse_divergence(mean, norm)
         self.scaler.step(self.optimizer)
         self.scaler.update()
         self.optimizer.zero_grad()
-        return (total / valid).item(), norm.item()
+        return mean, norm
 
     def loss(self, batch: Batch) -> tuple[torch.Tensor, torch.Tensor]:
         """Summed loss and summed negative log-likelihood of a batch's scored tokens."""
@@ -131,14 +132,8 @@ class Trainer:
         loss, norm = self.step(self._batches())
         elapsed = time.perf_counter() - started
         self.step_done += 1
-        if not math.isfinite(loss):
-            saved = list_steps(self.run_folder)
-            raise PunaError(
-                f"the loss is {loss} at step {self.step_done} (learning rate {rate:.2e}, gradient norm {norm:.2e})",
-                f"lower --optim.lr or raise --optim.warmup_steps; saved so far: {saved[-1] if saved else 'nothing'}",
-            )
         tokens = self.recipe.train.batch_size * self.recipe.data.seq_len
-        row = {"step": self.step_done, "loss": loss, "lr": rate, "grad_norm": norm,
+        row = {"step": self.step_done, "loss": loss, "lr": rate, "grad_norm": norm if math.isfinite(norm) else None,
                "tokens_per_second": tokens / elapsed, "ms": elapsed * 1000}  # fmt: skip
         last = self.step_done == self.recipe.train.steps
         if last or (self.recipe.validation.every and self.step_done % self.recipe.validation.every == 0):
@@ -148,6 +143,17 @@ class Trainer:
         if last or "val_loss" in row or self.step_done % self.recipe.train.log_every == 0:
             recent = self._seconds[-50:]
             print_step(row, sum(recent) / len(recent) * (self.recipe.train.steps - self.step_done))
+
+    def _refuse_divergence(self, loss: float, norm: float) -> None:
+        """Stop before a bad gradient reaches the weights. Under loss scaling an infinite norm only skips the step."""
+        if math.isfinite(loss) and (math.isfinite(norm) or self.scaler.is_enabled()):
+            return
+        saved = list_steps(self.run_folder)
+        raise PunaError(
+            f"training diverged at step {self.step_done + 1}: loss {loss:g}, gradient norm {norm:g}, "
+            f"learning rate {self._learning_rate():.2e}",
+            f"lower --optim.lr or raise --optim.warmup_steps; last save: {saved[-1] if saved else 'none yet'}",
+        )
 
     def _batches(self) -> list[Batch]:
         """The micro-batches of the next step: a pure function of (seed, steps done)."""
@@ -166,12 +172,12 @@ class Trainer:
         save = self._find_save()
         self.model = self._build_model(save)
         if self.tokenizer.vocab_size > self.model.spec.vocab_size:
-            raise _vocab_error(self.tokenizer.vocab_size, self.model.spec.vocab_size)
+            raise vocab_error(self.tokenizer.vocab_size, self.model.spec.vocab_size)
         self.model.train()
         self.optimizer = build_optimizer(self.model, self.recipe.optim)
         if save is not None:
             state = load_checkpoint(save, self.model, self.optimizer)
-            _check_resume(state, self._identity(), save)
+            check_resume(state, self._identity(), save)
             self.scaler.load_state_dict(state["scaler"])
             self.step_done = state["step"]
         self.metrics = Metrics(self.run_folder, self.step_done)
@@ -252,67 +258,6 @@ class Trainer:
             "metrics": str(self.metrics.path),
             "curve": str(png),
         }
-
-
-def choose_spec(section: ModelSection, tokenizer: Tokenizer, seq_len: int) -> Spec:
-    """The preset with the recipe's changes and the tokenizer's ids."""
-    spec = Spec.preset(section.preset)
-    given = {f.name: getattr(section, f.name) for f in dataclasses.fields(section) if getattr(section, f.name)}
-    rope = {k: given.pop(k) for k in ("max_position_embeddings", "rope_theta") if k in given}
-    shape = {k: v for k, v in given.items() if k not in ("path", "preset")}
-    heads = shape.get("num_attention_heads", spec.num_attention_heads)
-    width = shape.get("hidden_size", spec.hidden_size)
-    if {"hidden_size", "num_attention_heads"} & shape.keys() and "head_dim" not in shape:
-        if width % heads:
-            raise PunaError(f"hidden_size {width} is not divisible by num_attention_heads {heads}", "or set head_dim")
-        shape["head_dim"] = width // heads
-    if "num_hidden_layers" in shape:
-        shape["sliding_windows"] = ()  # one entry per layer; no preset has a window
-    shape.setdefault("vocab_size", tokenizer.vocab_size)
-    if shape["vocab_size"] < tokenizer.vocab_size:
-        raise _vocab_error(tokenizer.vocab_size, shape["vocab_size"])
-    rope.setdefault("max_position_embeddings", max(spec.max_len, seq_len))
-    ids = {
-        "bos_token_id": tokenizer.bos_id,
-        "eos_token_ids": tuple(tokenizer.eos_ids),
-        "pad_token_id": tokenizer.pad_id,
-    }
-    return spec.replace(**shape, **ids, rope=dataclasses.replace(spec.rope, **rope))
-
-
-def _vocab_error(tokenizer_size: int, model_size: int) -> PunaError:
-    return PunaError(
-        f"the tokenizer has {tokenizer_size} tokens, the model's vocabulary only {model_size}",
-        f"use --model.vocab_size {tokenizer_size} or the tokenizer that belongs to the model",
-    )
-
-
-def _check(recipe: Recipe) -> None:
-    """Refuse numbers that cannot work before anything is read."""
-    train, data = recipe.train, recipe.data
-    if recipe.task != "pretrain":
-        raise PunaError(f"task {recipe.task!r} is not one puna knows", 'use task = "pretrain"')
-    if not data.text:
-        raise PunaError("the recipe names no text", 'set [data] text = ["path", ...]')
-    if not (data.tokenizer or recipe.model.path):
-        raise PunaError(
-            "the recipe names no tokenizer", "make one with `puna tokenizer train`, then set data.tokenizer"
-        )
-    at_least_one = {"train.steps": train.steps, "train.batch_size": train.batch_size, "data.seq_len": data.seq_len,
-                    "checkpoint.every": recipe.checkpoint.every, "train.log_every": train.log_every}  # fmt: skip
-    for key, value in at_least_one.items():
-        if value < 1:
-            raise PunaError(f"{key} is {value}", f"use --{key} 1 or more")
-
-
-def _check_resume(state: dict[str, Any], now: dict[str, Any], save: Path) -> None:
-    changed = [key for key, value in now.items() if state["identity"].get(key) != value]
-    if changed:
-        before = ", ".join(f"{key} {state['identity'].get(key)} -> {now[key]}" for key in changed)
-        raise PunaError(
-            f"{save} was trained with other inputs, a resumed run would repeat or skip data: {before}",
-            "restore them, or start a new run with another --out",
-        )
 
 
 class _Interrupt:

@@ -54,8 +54,9 @@ def read_rows(path: Path) -> Iterator[dict[str, Any]]:
 def print_step(row: dict[str, Any], eta_seconds: float) -> None:
     """The fixed-column line of a training step."""
     val = f"{row['val_bits_per_byte']:7.3f}" if "val_bits_per_byte" in row else " " * 7
+    norm = f"{row['grad_norm']:6.2f}" if row["grad_norm"] is not None else "   inf"
     say(
-        f"{row['step']:7d}  {row['loss']:7.4f}  {val}  {row['lr']:8.2e}  {row['grad_norm']:6.2f}  "
+        f"{row['step']:7d}  {row['loss']:7.4f}  {val}  {row['lr']:8.2e}  {norm}  "
         f"{count(row['tokens_per_second']):>6}  {row['ms']:6.0f}  {duration(eta_seconds):>7}"
     )
 

@@ -1,0 +1,73 @@
+"""From a recipe to the shape of a model, and what is refused: numbers that cannot work, inputs that changed."""
+
+from __future__ import annotations
+
+import dataclasses
+from pathlib import Path
+from typing import Any
+
+from puna.base.console import PunaError
+from puna.model.spec import Spec
+from puna.text.tokenizer import Tokenizer
+from puna.train.recipe import ModelSection, Recipe
+
+
+def choose_spec(section: ModelSection, tokenizer: Tokenizer, seq_len: int) -> Spec:
+    """The preset with the recipe's changes and the tokenizer's ids."""
+    spec = Spec.preset(section.preset)
+    given = {f.name: getattr(section, f.name) for f in dataclasses.fields(section) if getattr(section, f.name)}
+    rope = {k: given.pop(k) for k in ("max_position_embeddings", "rope_theta") if k in given}
+    shape = {k: v for k, v in given.items() if k not in ("path", "preset")}
+    heads = shape.get("num_attention_heads", spec.num_attention_heads)
+    width = shape.get("hidden_size", spec.hidden_size)
+    if {"hidden_size", "num_attention_heads"} & shape.keys() and "head_dim" not in shape:
+        if width % heads:
+            raise PunaError(f"hidden_size {width} is not divisible by num_attention_heads {heads}", "or set head_dim")
+        shape["head_dim"] = width // heads
+    if "num_hidden_layers" in shape:
+        shape["sliding_windows"] = ()  # one entry per layer; no preset has a window
+    shape.setdefault("vocab_size", tokenizer.vocab_size)
+    if shape["vocab_size"] < tokenizer.vocab_size:
+        raise vocab_error(tokenizer.vocab_size, shape["vocab_size"])
+    rope.setdefault("max_position_embeddings", max(spec.max_len, seq_len))
+    ids = {
+        "bos_token_id": tokenizer.bos_id,
+        "eos_token_ids": tuple(tokenizer.eos_ids),
+        "pad_token_id": tokenizer.pad_id,
+    }
+    return spec.replace(**shape, **ids, rope=dataclasses.replace(spec.rope, **rope))
+
+
+def vocab_error(tokenizer_size: int, model_size: int) -> PunaError:
+    return PunaError(
+        f"the tokenizer has {tokenizer_size} tokens, the model's vocabulary only {model_size}",
+        f"use --model.vocab_size {tokenizer_size} or the tokenizer that belongs to the model",
+    )
+
+
+def check_recipe(recipe: Recipe) -> None:
+    """Refuse numbers that cannot work before anything is read."""
+    train, data = recipe.train, recipe.data
+    if recipe.task != "pretrain":
+        raise PunaError(f"task {recipe.task!r} is not one puna knows", 'use task = "pretrain"')
+    if not data.text:
+        raise PunaError("the recipe names no text", 'set [data] text = ["path", ...]')
+    if not (data.tokenizer or recipe.model.path):
+        raise PunaError(
+            "the recipe names no tokenizer", "make one with `puna tokenizer train`, then set data.tokenizer"
+        )
+    at_least_one = {"train.steps": train.steps, "train.batch_size": train.batch_size, "data.seq_len": data.seq_len,
+                    "checkpoint.every": recipe.checkpoint.every, "train.log_every": train.log_every}  # fmt: skip
+    for key, value in at_least_one.items():
+        if value < 1:
+            raise PunaError(f"{key} is {value}", f"use --{key} 1 or more")
+
+
+def check_resume(state: dict[str, Any], now: dict[str, Any], save: Path) -> None:
+    changed = [key for key, value in now.items() if state["identity"].get(key) != value]
+    if changed:
+        before = ", ".join(f"{key} {state['identity'].get(key)} -> {now[key]}" for key in changed)
+        raise PunaError(
+            f"{save} was trained with other inputs, a resumed run would repeat or skip data: {before}",
+            "restore them, or start a new run with another --out",
+        )
