@@ -62,8 +62,9 @@ def test_reusing_a_common_beginning_changes_nothing(model_folder) -> None:
         assert a.logprobs == pytest.approx(b.logprobs, abs=1e-5)
 
 
-def test_same_seed_same_text(llm) -> None:
-    params = puna.SamplingParams(temperature=1.0, seed=7, max_tokens=20, n=3)
+@pytest.mark.parametrize("seed", [7, 0, -1, 2**64])
+def test_same_seed_same_text(llm, seed) -> None:
+    params = puna.SamplingParams(temperature=1.0, seed=seed, max_tokens=20, n=3)
     first, second = llm.generate("def ", params), llm.generate("def ", params)
     assert [o.token_ids for o in first] == [o.token_ids for o in second]
     assert len({tuple(o.token_ids) for o in first}) == 3
@@ -123,8 +124,15 @@ def test_unusable_prompts(llm) -> None:
         llm.generate([[]])
     with pytest.raises(PunaError, match="token id 320 is outside the vocabulary of 320"):
         llm.generate([320])
-    with pytest.raises(PunaError, match="preset has no tokenizer"):
+    with pytest.raises(PunaError, match="this model has no tokenizer"):
         puna.LLM("preset:debug").generate("text")
+
+
+def test_a_folder_without_a_tokenizer_takes_ids(tmp_path) -> None:
+    puna.save_model(puna.load_model("preset:debug"), tmp_path / "bare")
+    output = puna.LLM(tmp_path / "bare").generate([1, 2, 3], puna.SamplingParams(**GREEDY, max_tokens=4))[0]
+    assert len(output.token_ids) == 4
+    assert output.text == ""
 
 
 def test_several_prompts_and_forms(llm) -> None:

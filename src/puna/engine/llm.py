@@ -23,12 +23,13 @@ Prompt = str | Sequence[int]
 class LLM:
     """A model and its tokenizer, ready to generate.
 
-    `path` is a model folder, or `preset:NAME` (random weights, token ids only). Raises PunaError for unusable input.
+    `path` is a model folder, or `preset:NAME` (random weights). Without a tokenizer (a preset, a bare folder) prompts
+    are token ids and answers have no text. Raises PunaError for unusable input.
     """
 
     def __init__(self, path: str | Path, dtype: str = "float32", device: str = "cpu"):
         model = load_model(path, dtype, device)
-        self._set_up(model, None if str(path).startswith("preset:") else Tokenizer.load(path))
+        self._set_up(model, _find_tokenizer(path))
 
     @classmethod
     def of(cls, model: Transformer, tokenizer: Tokenizer | None) -> LLM:
@@ -87,7 +88,9 @@ class LLM:
         """Token ids of a prompt, checked: bos before text, ids within the vocabulary, room left in the context."""
         if isinstance(prompt, str):
             if self.tokenizer is None:
-                raise PunaError("a preset has no tokenizer", "give token ids (--prompt-ids 1,2,3)")
+                raise PunaError(
+                    "this model has no tokenizer", "give token ids (--prompt-ids 1,2,3), or add tokenizer.json"
+                )
             ids = self.tokenizer.encode(prompt, bos=True)
         else:
             ids = [int(token) for token in prompt]
@@ -154,6 +157,11 @@ class LLM:
             output.text += piece
             yield piece, output
             logits_V = self._forward(cache, [token])
+
+
+def _find_tokenizer(path: str | Path) -> Tokenizer | None:
+    names = ("tokenizer.json", "tokenizer.model")
+    return Tokenizer.load(path) if any((Path(path) / name).exists() for name in names) else None
 
 
 def _record(output: Output, token: int, logits_V: Tensor, top: int | None) -> None:

@@ -20,7 +20,7 @@ class Sampler:
         if params.seed is None:
             self._random.seed()
         else:
-            self._random.manual_seed(params.seed * 1_000_003 + index)
+            self._random.manual_seed((params.seed * 1_000_003 + index) % 2**63)
         self._prompt = torch.tensor(sorted(set(prompt_ids)), device=device)
         self._counts: dict[int, int] = {}
 

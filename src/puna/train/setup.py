@@ -56,6 +56,8 @@ def check_recipe(recipe: Recipe) -> None:
         raise PunaError(
             "the recipe names no tokenizer", "make one with `puna tokenizer train`, then set data.tokenizer"
         )
+    if recipe.seed < 0:
+        raise PunaError(f"seed is {recipe.seed}", "use --seed 0 or more")
     at_least_one = {"train.steps": train.steps, "train.batch_size": train.batch_size, "data.seq_len": data.seq_len,
                     "checkpoint.every": recipe.checkpoint.every, "train.log_every": train.log_every}  # fmt: skip
     for key, value in at_least_one.items():
