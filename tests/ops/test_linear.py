@@ -17,6 +17,12 @@ from torch.utils.flop_counter import FlopCounterMode
 from puna.ops import linear as ops
 from puna.ops.native import library
 
+
+def gemv(x, weight, bias=None):
+    """The native product of one weight."""
+    return ops._gemv(x, [(weight, bias)])[0]
+
+
 DTYPES = [torch.float32, torch.bfloat16]
 
 
@@ -64,8 +70,8 @@ def assert_rounded(y, x, weight, bias=None):
 def test_gemv_equals_the_exact_product(level, dtype, width, columns):
     x, weight, bias = draw(8, columns, width, dtype)
     for rows in range(1, 9):
-        assert_rounded(ops._gemv(x[:rows], weight, None), x[:rows], weight)
-        assert_rounded(ops._gemv(x[:rows], weight, bias), x[:rows], weight, bias)
+        assert_rounded(gemv(x[:rows], weight, None), x[:rows], weight)
+        assert_rounded(gemv(x[:rows], weight, bias), x[:rows], weight, bias)
 
 
 @every_level
@@ -73,13 +79,13 @@ def test_gemv_equals_the_exact_product(level, dtype, width, columns):
 @pytest.mark.parametrize(("columns", "width"), [(17, 100), (1001, 768)])
 def test_a_row_does_not_depend_on_its_neighbours_or_on_threads(level, dtype, columns, width):
     x, weight, bias = draw(8, columns, width, dtype)
-    together = ops._gemv(x, weight, bias)
+    together = gemv(x, weight, bias)
     before = torch.get_num_threads()
     try:
         for threads in (1, 2, 3):
             torch.set_num_threads(threads)
             for rows in range(1, 9):
-                assert torch.equal(ops._gemv(x[8 - rows :], weight, bias), together[8 - rows :])
+                assert torch.equal(gemv(x[8 - rows :], weight, bias), together[8 - rows :])
     finally:
         torch.set_num_threads(before)
 
@@ -90,7 +96,7 @@ def test_output_rounds_like_torch():
     values = [1.0, 1 + 2**-7, 3.3895e38, float("inf"), -float("inf"), float("nan"), 1e-40, -0.0]
     bias = torch.tensor(values).bfloat16()
     small = torch.tensor([2**-8, -(2**-8), 2**125, 0, 0, 0, 0, 0]).bfloat16()  # added in fp32, so ties do occur
-    y = ops._gemv(torch.ones(1, 1, dtype=torch.bfloat16), small[:, None].contiguous(), bias)
+    y = gemv(torch.ones(1, 1, dtype=torch.bfloat16), small[:, None].contiguous(), bias)
     expected = (bias.float() + small.float()).bfloat16()[None]
     assert torch.equal(y.nan_to_num(7), expected.nan_to_num(7))
 
@@ -102,7 +108,7 @@ def test_reads_nothing_outside_the_arrays(dtype):
     for width in (1, 33, 100):
         x, weight, _ = draw(3, 5, width, dtype)
         padded = [F.pad(t.flatten(), (64, 64), value=float("nan"))[64:-64].view(t.shape) for t in (x, weight)]
-        assert torch.equal(ops._gemv(*padded, None), ops._gemv(x, weight, None))
+        assert torch.equal(gemv(*padded, None), gemv(x, weight, None))
 
 
 @pytest.mark.usefixtures("native")
@@ -121,9 +127,26 @@ def test_any_shape_and_stride_of_x(dtype):
 
 
 @pytest.mark.usefixtures("native")
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("rows", [1, 3, 8, 9])
+def test_a_group_is_each_of_its_products(dtype, rows):
+    x, first, bias = draw(rows, 700, 96, dtype)
+    weights, biases = [first, draw(1, 5, 96, dtype)[1], draw(1, 1000, 96, dtype)[1]], [bias, None, None]
+    together = ops.linear_group(x, weights, biases)
+    for y, weight, b in zip(together, weights, biases, strict=True):
+        assert torch.equal(y, ops.linear(x, weight, b))
+
+
+def test_a_group_that_learns_has_gradients():
+    x, weight, bias = draw(2, 7, 16, torch.float32)
+    weights = [weight.clone().requires_grad_() for _ in range(2)]
+    sum(y.sum() for y in ops.linear_group(x, weights, [None, bias])).backward()
+    assert all(torch.allclose(w.grad, x.sum(0).expand(7, 16)) for w in weights)
+
+
 def test_decoding_takes_the_kernel(monkeypatch):
     calls = []
-    monkeypatch.setattr(ops, "_gemv", lambda *args: calls.append(1) or F.linear(*args))
+    monkeypatch.setattr(ops, "_gemv", lambda x, pairs: calls.append(1) or [F.linear(x, *pair) for pair in pairs])
     x, weight, _ = draw(9, 5, 64, torch.float32)
     parameter = torch.nn.Parameter(weight)
     ops.linear(x[:8], weight)

@@ -10,7 +10,7 @@ from typing import Protocol
 import torch
 from torch import Tensor, nn
 
-from puna.model.linear import Linear
+from puna.model.linear import Linear, apply_all
 from puna.model.spec import Spec
 from puna.ops.basic import rms_norm
 from puna.ops.rope import rotate
@@ -59,7 +59,8 @@ class Attention(nn.Module):
     def forward(self, x_TD: Tensor, cos: Tensor, sin: Tensor, attend: Attend) -> Tensor:
         # -1, not the head count: under tensor parallelism a rank holds only its share of the heads.
         heads = (x_TD.shape[0], -1, self.head_dim)
-        q_THK, k_TGK, v_TGK = (proj(x_TD).view(heads) for proj in (self.q_proj, self.k_proj, self.v_proj))
+        projected = apply_all((self.q_proj, self.k_proj, self.v_proj), x_TD)
+        q_THK, k_TGK, v_TGK = (y.view(heads) for y in projected)
         if self.q_norm is not None and self.k_norm is not None:
             q_THK, k_TGK = self.q_norm(q_THK), self.k_norm(k_TGK)
         out_THK = attend(self.layer, rotate(q_THK, cos, sin), rotate(k_TGK, cos, sin), v_TGK, self.window)

@@ -18,3 +18,10 @@ class Linear(nn.Module):
 
     def forward(self, x_TK: Tensor) -> Tensor:
         return ops.linear(x_TK, self.weight, self.bias)
+
+
+def apply_all(layers: tuple[Linear, ...], x_TK: Tensor) -> list[Tensor]:
+    """Every layer's output for one input: in one call where all are plain, else each by its own forward."""
+    if all(type(layer) is Linear for layer in layers):
+        return ops.linear_group(x_TK, [layer.weight for layer in layers], [layer.bias for layer in layers])
+    return [layer(x_TK) for layer in layers]

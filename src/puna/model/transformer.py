@@ -11,7 +11,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from puna.model.attention import Attend, Attention, RMSNorm
-from puna.model.linear import Linear
+from puna.model.linear import Linear, apply_all
 from puna.model.rope import attention_scale, inverse_frequencies
 from puna.model.spec import Spec
 from puna.ops import linear as ops
@@ -29,7 +29,8 @@ class MLP(nn.Module):
         self.down_proj = Linear(spec.intermediate_size, spec.hidden_size, spec.mlp_bias)
 
     def forward(self, x_TD: Tensor) -> Tensor:
-        return self.down_proj(swiglu(self.gate_proj(x_TD), self.up_proj(x_TD)))
+        gate_TF, up_TF = apply_all((self.gate_proj, self.up_proj), x_TD)
+        return self.down_proj(swiglu(gate_TF, up_TF))
 
 
 class Block(nn.Module):

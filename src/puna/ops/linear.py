@@ -12,7 +12,7 @@ Shapes: T tokens, D inputs, N outputs.
 from __future__ import annotations
 
 import struct
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from functools import lru_cache
 from pathlib import Path
 from typing import Any
@@ -28,7 +28,7 @@ MAX_ROWS = 8  # above, torch's blocked product wins: it reads a weight once for 
 
 _native = library.load()
 _PROBLEM = struct.Struct("PPPPqqqqii")  # `Problem` in gemv.cpp
-_GEMV: dict[torch.dtype, Callable[[bytes], None]] = (
+_GEMV: dict[torch.dtype, Callable[[bytes, int], None]] = (
     {torch.float32: _native.kernels.puna_gemv_float32, torch.bfloat16: _native.kernels.puna_gemv_bfloat16}
     if _native.kernels
     else {}
@@ -44,10 +44,21 @@ def linear(x_TD: Tensor, weight_ND: Tensor, bias_N: Tensor | None = None) -> Ten
         return F.linear(x_TD, weight_ND, bias_N)
     learns = torch.is_grad_enabled() and _requires_grad(x_TD, weight_ND, bias_N)
     if not learns and x_TD.dtype in _GEMV and x_TD.numel() <= MAX_ROWS * x_TD.shape[-1]:
-        return _gemv(x_TD, weight_ND, bias_N)
+        return _gemv(x_TD, [(weight_ND, bias_N)])[0]
     if x_TD.dtype is torch.float32 and x_TD.is_contiguous() and _onednn() is not None:
         return _OneDNN.apply(x_TD, weight_ND, bias_N) if learns else _multiply(x_TD, weight_ND, bias_N)
     return F.linear(x_TD, weight_ND, bias_N)
+
+
+def linear_group(x_TD: Tensor, weights: Sequence[Tensor], biases: Sequence[Tensor | None]) -> list[Tensor]:
+    """`linear` of one x with up to four weights: when decoding on a CPU one native call, which wakes the cores once."""
+    few = x_TD.dtype in _GEMV and x_TD.numel() <= MAX_ROWS * x_TD.shape[-1] and x_TD.dim() == 2
+    if few and not torch.compiler.is_compiling():
+        pairs = list(zip(weights, biases, strict=True))
+        plain = all(_is_plain(x_TD, weight, bias) for weight, bias in pairs)
+        if plain and not (torch.is_grad_enabled() and any(_requires_grad(x_TD, w, b) for w, b in pairs)):
+            return _gemv(x_TD, pairs)
+    return [linear(x_TD, weight, bias) for weight, bias in zip(weights, biases, strict=True)]
 
 
 def describe() -> str:
@@ -93,21 +104,26 @@ def _requires_grad(x: Tensor, weight: Tensor, bias: Tensor | None) -> bool:
 # --- few rows: the native kernel ------------------------------------------------------------------------------------
 
 
-def _gemv(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
-    columns, width = weight.shape
+def _gemv(x: Tensor, pairs: Sequence[tuple[Tensor, Tensor | None]]) -> list[Tensor]:
+    width = x.shape[-1]
     if x.is_contiguous():
         stride = width
     elif x.dim() == 2 and x.stride(1) == 1:
         stride = x.stride(0)  # a slice of a wider matrix, such as q in a fused q, k, v
     else:
         x, stride = x.contiguous(), width
-    y = x.new_empty(x.shape[0], columns) if x.dim() == 2 else x.new_empty(*x.shape[:-1], columns)
-    problem = _PROBLEM.pack(
-        x.data_ptr(), weight.data_ptr(), 0 if bias is None else bias.data_ptr(), y.data_ptr(),
-        x.numel() // width, columns, width, stride, torch.get_num_threads(), _native.level,
-    )  # fmt: skip
-    _GEMV[x.dtype](problem)
-    return y
+    rows, threads = x.numel() // width, torch.get_num_threads()
+    results, problems = [], b""
+    for weight, bias in pairs:
+        columns = weight.shape[0]
+        y = x.new_empty(x.shape[0], columns) if x.dim() == 2 else x.new_empty(*x.shape[:-1], columns)
+        results.append(y)
+        problems += _PROBLEM.pack(
+            x.data_ptr(), weight.data_ptr(), 0 if bias is None else bias.data_ptr(), y.data_ptr(),
+            rows, columns, width, stride, threads, _native.level,
+        )  # fmt: skip
+    _GEMV[x.dtype](problems, len(results))
+    return results
 
 
 # --- many rows in fp32: oneDNN --------------------------------------------------------------------------------------

@@ -102,14 +102,26 @@ template <typename T> void columns_baseline(const Problem<T> &p, int64_t begin, 
 template <typename T> auto columns(int) { return columns_baseline<T>; }
 #endif
 
-template <typename T> void gemv(const Problem<T> &p) {
+// Several products in one parallel region, so that the cores are woken once: q, k and v, or gate and up.
+template <typename T> void gemv(const Problem<T> *problems, int64_t count) {
     // Shares of about 64 KiB of W: fine enough to be even between the cores, and a matrix below that stays on one core,
     // where it takes less time than waking the others.
-    int64_t share = ((1 << 16) / (p.k * int64_t(sizeof(T))) + 2) / 2 * 2;
-    int64_t shares = (p.n + share - 1) / share;
-    auto work = columns<T>(p.level);
-#pragma omp parallel for schedule(static) num_threads(p.threads) if (p.threads > 1 && shares > 1)
-    for (int64_t i = 0; i < shares; i++) work(p, i * share, i + 1 < shares ? (i + 1) * share : p.n);
+    constexpr int64_t MOST = 4;
+    int64_t share[MOST], last[MOST], shares = 0;
+    for (int64_t i = 0; i < count; i++) {
+        const Problem<T> &p = problems[i];
+        share[i] = ((1 << 16) / (p.k * int64_t(sizeof(T))) + 2) / 2 * 2;
+        last[i] = shares += (p.n + share[i] - 1) / share[i];
+    }
+    int threads = problems[0].threads;
+    auto work = columns<T>(problems[0].level);
+#pragma omp parallel for schedule(static) num_threads(threads) if (threads > 1 && shares > 1)
+    for (int64_t s = 0; s < shares; s++) {
+        int64_t i = 0;
+        while (s >= last[i]) i++;
+        int64_t begin = (s - (i ? last[i - 1] : 0)) * share[i], end = begin + share[i];
+        work(problems[i], begin, end < problems[i].n ? end : problems[i].n);
+    }
 }
 
 }  // namespace
@@ -128,6 +140,7 @@ int puna_cpu_level() {
 #endif
 }
 
-void puna_gemv_float32(const Problem<float> *problem) { gemv(*problem); }
-void puna_gemv_bfloat16(const Problem<bf16> *problem) { gemv(*problem); }
+// One to four products; their level and threads are the first one's.
+void puna_gemv_float32(const Problem<float> *problems, int64_t count) { gemv(problems, count); }
+void puna_gemv_bfloat16(const Problem<bf16> *problems, int64_t count) { gemv(problems, count); }
 }

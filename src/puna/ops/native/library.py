@@ -39,7 +39,8 @@ def load() -> Library:
     try:
         kernels = ctypes.CDLL(str(PATH))
         for name in _FUNCTIONS:
-            getattr(kernels, name).argtypes = [ctypes.c_char_p]  # a packed struct, described in the C++ file
+            many = [ctypes.c_int64] if "gemv" in name else []  # how many structs lie one after another
+            getattr(kernels, name).argtypes = [ctypes.c_char_p, *many]  # packed as the C++ file describes
         level = int(kernels.puna_cpu_level())
     except (OSError, AttributeError) as error:
         return Library(None, 0, f"not loadable ({error})")
