@@ -134,6 +134,8 @@ BAD = {
     "heads": (["train", "RECIPE", "--model.num_attention_heads", "7"], "hidden_size 64 is not divisible by", "head_dim"),
     "kv heads": (["train", "RECIPE", "--model.num_key_value_heads", "3"], "4 is not divisible by num_key_value_heads 3", "1, 2, 4"),
     "vocabulary": (["train", "RECIPE", "--model.vocab_size", "100"], "tokenizer has 320 tokens, the model's vocabulary only 100", "320"),
+    "micro batch": (["train", "RECIPE", "--train.micro_batch_size", "-1"], "train.micro_batch_size is -1", "0"),
+    "validation share": (["train", "RECIPE", "--data.val_fraction", "1"], "data.val_fraction is 1", "0.05"),
     "no text": (["train", "RECIPE", "--data.text", "/none/x"], "/none/x does not exist", "existing"),
     "empty corpus": (["train", "RECIPE", "--data.text", "EMPTY"], "no text in", "UTF-8"),
     "short corpus": (["train", "RECIPE", "--data.seq_len", "99999"], "one sequence needs 100000", "smaller seq_len"),

@@ -148,11 +148,12 @@ def test_sigterm_saves_and_the_same_recipe_goes_on(recipe, tmp_path) -> None:
         ({"train.batch_size": 5}, "batch_size 4 -> 5"),
         ({"seed": 1}, "seed 0 -> 1"),
         ({"data.val_fraction": 0.4}, "data "),
+        ({"model.num_hidden_layers": 3}, "model.num_hidden_layers 0 -> 3"),
     ],
 )
 def test_resuming_with_other_inputs_is_refused(recipe, change, message) -> None:
     puna.train(recipe, {"train.steps": 2})
-    with pytest.raises(PunaError, match="repeat or skip data") as caught:
+    with pytest.raises(PunaError, match="other inputs") as caught:
         puna.train(recipe, change)
     assert message in caught.value.message
 

@@ -36,7 +36,7 @@ def losses(out: Path) -> dict[int, float]:
 
 
 def kill_after(process: subprocess.Popen, lines: int, pause: float) -> None:
-    """SIGKILL a little after the process has printed so many lines: in the middle of a step or of a save."""
+    """SIGKILL a little after the process has printed so many lines."""
     assert process.stderr is not None
     for _ in range(lines):
         if not process.stderr.readline():
@@ -45,6 +45,19 @@ def kill_after(process: subprocess.Popen, lines: int, pause: float) -> None:
         process.wait(pause)
     except subprocess.TimeoutExpired:
         process.send_signal(signal.SIGKILL)
+    process.stderr.close()
+    process.wait(30)
+
+
+def kill_while_saving(process: subprocess.Popen, out: Path, lines: int) -> None:
+    """SIGKILL the moment a save is being written."""
+    assert process.stderr is not None
+    for _ in range(lines):
+        process.stderr.readline()
+    while process.poll() is None:
+        if any(name.endswith(".tmp") and "step-" in name for name in os.listdir(out)):
+            process.send_signal(signal.SIGKILL)
+            break
     process.stderr.close()
     process.wait(30)
 
@@ -62,14 +75,19 @@ def test_ten_kills_change_nothing(recipe, tmp_path) -> None:
 
     draw = random.Random(1)
     seen_mid_save = 0
-    for _ in range(KILLS):
+    for number in range(KILLS):
         before = losses(broken) if (broken / "metrics.jsonl").exists() else {}
-        kill_after(launch(recipe, broken), 8 + draw.randrange(20), draw.random() * 0.03)
+        lines = 10 + draw.randrange(20)
+        if number % 2:
+            kill_while_saving(launch(recipe, broken), broken, lines)
+        else:
+            kill_after(launch(recipe, broken), lines, draw.random() * 0.03)
         after = losses(broken)
         assert all(expected[step] == loss for step, loss in (before | after).items())
         seen_mid_save += bool(list(broken.glob(".step-*")))
         if (broken / "latest").exists():
             assert verify(broken / "latest") == []  # never a half-written folder
+    assert seen_mid_save >= 1  # a half-written save was left behind, and did no harm
     process = launch(recipe, broken)
     assert process.stderr is not None
     process.stderr.read()

@@ -105,6 +105,7 @@ def _requires_grad(x: Tensor, weight: Tensor, bias: Tensor | None) -> bool:
 
 
 def _gemv(x: Tensor, pairs: Sequence[tuple[Tensor, Tensor | None]]) -> list[Tensor]:
+    assert len(pairs) <= 4  # MOST in gemv.cpp: its table of shares lies on the stack
     width = x.shape[-1]
     if x.is_contiguous():
         stride = width

@@ -203,12 +203,13 @@ class Trainer:
         return find_resume(self.run_folder)
 
     def _identity(self) -> dict[str, Any]:
-        """What must not change across a resume: these decide which tokens a step sees."""
+        """What must not change across a resume: these decide which tokens a step sees, and which model sees them."""
         return {
             "data": self.fingerprint,
             "seed": self.recipe.seed,
             "seq_len": self.recipe.data.seq_len,
             "batch_size": self.recipe.train.batch_size,
+            "model": as_dict(self.recipe.model),
         }
 
     def _save(self) -> None:

@@ -22,7 +22,10 @@ def choose_spec(section: ModelSection, tokenizer: Tokenizer, seq_len: int) -> Sp
     width = shape.get("hidden_size", spec.hidden_size)
     if {"hidden_size", "num_attention_heads"} & shape.keys() and "head_dim" not in shape:
         if width % heads:
-            raise PunaError(f"hidden_size {width} is not divisible by num_attention_heads {heads}", "or set head_dim")
+            raise PunaError(
+                f"hidden_size {width} is not divisible by num_attention_heads {heads}",
+                f"use a multiple of {heads}, or set model.head_dim",
+            )
         shape["head_dim"] = width // heads
     if "num_hidden_layers" in shape:
         shape["sliding_windows"] = ()  # one entry per layer; no preset has a window
@@ -63,13 +66,23 @@ def check_recipe(recipe: Recipe) -> None:
     for key, value in at_least_one.items():
         if value < 1:
             raise PunaError(f"{key} is {value}", f"use --{key} 1 or more")
+    if train.micro_batch_size < 0:
+        raise PunaError(f"train.micro_batch_size is {train.micro_batch_size}", "use 0 (all of batch_size) or more")
+    if not 0 < data.val_fraction < 1:
+        raise PunaError(f"data.val_fraction is {data.val_fraction:g}", "use a share between 0 and 1, such as 0.05")
 
 
 def check_resume(state: dict[str, Any], now: dict[str, Any], save: Path) -> None:
-    changed = [key for key, value in now.items() if state["identity"].get(key) != value]
+    """Refuse to go on with other data, order or shape than the save was made with."""
+    before, now = _flat(state["identity"]), _flat(now)
+    changed = [f"{key} {before.get(key)} -> {value}" for key, value in now.items() if before.get(key) != value]
     if changed:
-        before = ", ".join(f"{key} {state['identity'].get(key)} -> {now[key]}" for key in changed)
         raise PunaError(
-            f"{save} was trained with other inputs, a resumed run would repeat or skip data: {before}",
-            "restore them, or start a new run with another --out",
+            f"{save} was trained with other inputs: {', '.join(changed)}",
+            "resumed, it would repeat, skip or ignore some of that; restore it, or start anew with another --out",
         )
+
+
+def _flat(identity: dict[str, Any]) -> dict[str, Any]:
+    model = {f"model.{key}": value for key, value in identity.get("model", {}).items()}
+    return {key: value for key, value in identity.items() if key != "model"} | model
