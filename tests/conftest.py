@@ -8,7 +8,12 @@ os.environ.setdefault("HF_HUB_OFFLINE", "1")
 # Toy models gain nothing from threads, and idle OpenMP threads spin: one each is faster, and steadier on a busy machine.
 os.environ.setdefault("OMP_NUM_THREADS", "1")
 
+import importlib.util
+import logging
 import random
+import urllib.request
+import uuid
+from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
@@ -77,3 +82,49 @@ def recipe(corpus, tokenizer_folder, tmp_path) -> dict:
         "checkpoint": {"every": 5},
         "validation": {"every": 10, "max_tokens": 1024},
     }
+
+
+@pytest.fixture(scope="session")
+def s3_server() -> Iterator[str]:
+    """A real S3 server (moto's) on loopback; its address."""
+    server = pytest.importorskip("moto.moto_server.threaded_moto_server").ThreadedMotoServer(
+        "127.0.0.1", 0, verbose=False
+    )
+    logging.getLogger("werkzeug").setLevel(logging.ERROR)
+    server.start()
+    yield "http://{}:{}".format(*server.get_host_and_port())
+    server.stop()
+
+
+@pytest.fixture
+def s3_bucket(s3_server, monkeypatch, tmp_path) -> str:
+    """'s3://<a new bucket>' and the environment to reach it, which subprocesses inherit."""
+    for name in [name for name in os.environ if name.startswith("AWS_")]:
+        monkeypatch.delenv(name)
+    settings = {
+        "AWS_ENDPOINT_URL": s3_server,
+        "AWS_ACCESS_KEY_ID": "AKIDPUNATEST",
+        "AWS_SECRET_ACCESS_KEY": "very-secret-access-key",
+        "AWS_REGION": "us-east-1",
+        "AWS_SHARED_CREDENTIALS_FILE": str(tmp_path / "no-credentials"),
+        "AWS_CONFIG_FILE": str(tmp_path / "no-config"),
+        "AWS_METADATA_ENDPOINT": "http://127.0.0.1:1",  # nothing but loopback is asked
+    }
+    for name, value in settings.items():
+        monkeypatch.setenv(name, value)
+    bucket = f"bucket-{uuid.uuid4().hex[:12]}"
+    urllib.request.urlopen(urllib.request.Request(f"{s3_server}/{bucket}", method="PUT"), timeout=30).close()
+    return f"s3://{bucket}"
+
+
+@pytest.fixture
+def fault_proxy(s3_server, s3_bucket, monkeypatch):
+    """tests/fault_proxy.py before the server; AWS_ENDPOINT_URL leads through it."""
+    place = importlib.util.spec_from_file_location("fault_proxy", Path(__file__).with_name("fault_proxy.py"))
+    module = importlib.util.module_from_spec(place)
+    place.loader.exec_module(module)
+    proxy = module.FaultProxy(s3_server)
+    monkeypatch.setenv("AWS_ENDPOINT_URL", proxy.url)
+    monkeypatch.setenv("PUNA_STORE_TIMEOUT", "10")
+    yield proxy
+    proxy.close()

@@ -9,7 +9,8 @@ import json
 import math
 import os
 import sys
-from collections.abc import Iterator, Sequence
+import time
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from itertools import pairwise
 from typing import Any
@@ -135,3 +136,43 @@ def status(text: str) -> Iterator[None]:
     with Progress(*columns, console=Console(stderr=True)) as progress:
         progress.add_task(text, total=None)
         yield
+
+
+@contextmanager
+def progress(total: int, text: str, done: int = 0) -> Iterator[Callable[[int, str], None]]:
+    """A bar over `total` bytes with speed and time left; off a terminal, a plain line every 10 s.
+
+    Yields advance(bytes, note): call it when that many more bytes are done; the note stands beside the speed.
+    """
+    if not sys.stderr.isatty() or not is_main_rank():
+        yield _PlainProgress(total, text, done).advance
+        return
+    from rich.console import Console
+    from rich.progress import BarColumn, DownloadColumn, Progress, TextColumn, TimeRemainingColumn, TransferSpeedColumn
+
+    texts = (TextColumn("{task.description}"), TextColumn("{task.fields[note]}"))
+    columns = (texts[0], BarColumn(), DownloadColumn(), TransferSpeedColumn(), TimeRemainingColumn(), texts[1])
+    with Progress(*columns, console=Console(stderr=True)) as bar:
+        task = bar.add_task(text, total=total, completed=done, note="")
+        yield lambda more, note: bar.update(task, advance=more, note=note)
+
+
+class _PlainProgress:
+    """Progress for logs: one line every SECONDS_BETWEEN_LINES."""
+
+    SECONDS_BETWEEN_LINES = 10.0
+
+    def __init__(self, total: int, text: str, done: int):
+        self.total, self.text, self.done, self.before = total, text, done, done
+        self.started = self.told = time.monotonic()
+
+    def advance(self, more: int, note: str) -> None:
+        self.done += more
+        now = time.monotonic()
+        if now - self.told < self.SECONDS_BETWEEN_LINES:
+            return
+        self.told = now
+        speed = (self.done - self.before) / (now - self.started)
+        left = duration((self.total - self.done) / speed) if speed else "unknown"
+        share = f"{size(self.done)} of {size(self.total)} ({self.done / max(1, self.total):.0%})"
+        say(f"{self.text}: {share}, {speed / 1e6:.1f} MB/s, {note}, {left} left")
