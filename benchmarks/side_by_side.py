@@ -55,8 +55,12 @@ def report(name: str, rows: list[dict], ours: str, peer: str, unit: str) -> None
     ]
     print(table(shown, ("case", f"{ours} {unit}", f"{peer} {unit}", "ratio", "spread")))
     RESULTS.mkdir(exist_ok=True)
-    about = {"benchmark": name, "date": str(date.today()), "machine": describe(), "command": " ".join(sys.argv)}
-    (RESULTS / f"{name}.json").write_text(json.dumps({**about, "rows": rows}, indent=2) + "\n")
+    (RESULTS / f"{name}.json").write_text(json.dumps({**about(name), "rows": rows}, indent=2) + "\n")
+
+
+def about(name: str) -> dict:
+    """What every result file says of itself."""
+    return {"benchmark": name, "date": str(date.today()), "machine": describe(), "command": " ".join(sys.argv)}
 
 
 def arguments() -> argparse.Namespace:

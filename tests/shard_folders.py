@@ -51,9 +51,10 @@ def make_source(
 
 
 def upload(folder: Path, url: str) -> str:
-    """Copy a folder into a bucket, its manifest last."""
-    for file in sorted(folder.iterdir(), key=lambda f: f.name == "manifest.json"):
-        write_file(f"{url}/{file.name}", file.read_bytes())
+    """Copy a folder and what is below it into a bucket, its manifest last."""
+    files = [file for file in folder.rglob("*") if file.is_file()]
+    for file in sorted(files, key=lambda f: (f.name == "manifest.json", -len(f.parts))):
+        write_file(f"{url}/{file.relative_to(folder)}", file.read_bytes())
     return url
 
 

@@ -73,3 +73,7 @@ def test_missing_and_broken_files(tmp_path) -> None:
     (tmp_path / "bad.toml").write_text("a = = 1")
     with pytest.raises(PunaError, match="not a readable TOML"):
         read_toml(tmp_path / "bad.toml")
+
+
+def test_an_empty_word_is_the_empty_list() -> None:
+    assert build(Outer, {"paths": ["a"]}, {"paths": ""}).paths == ()

@@ -16,7 +16,7 @@ def test_duplicates_and_binaries_are_left_out(tmp_path, capsys) -> None:
     (tmp_path / "sub" / ".git" / "hidden").write_text("three")
     (tmp_path / "empty.txt").write_text(" \n")
     assert [d.text for d in read_documents([tmp_path])] == ["one", "two"]
-    assert "2 files that are not UTF-8 text, 1 exact duplicates" in capsys.readouterr().err
+    assert "left out: 1 empty, 2 binary files, 1 exact duplicates" in capsys.readouterr().err
 
 
 def test_files_globs_and_repeats_count_once(tmp_path) -> None:

@@ -281,6 +281,61 @@ def test_training_refuses_what_cannot_work(texts):
         train_bpe(texts, 260)
 
 
+MARKERS = ("<|fim_prefix|>", "<|fim_suffix|>", "<|fim_middle|>", "<｜hole｜>")
+
+
+def test_extra_special_tokens_get_ids_and_plain_text_never_becomes_them(texts, tmp_path):
+    talk = [f"{text} {marker}" for text, marker in zip(texts, MARKERS * len(texts), strict=False)]
+    train_bpe(talk, 500, specials=[*MARKERS, SPECIALS[0]]).save(tmp_path)  # one that is there already changes nothing
+    tokenizer = Tokenizer.load(tmp_path)
+    assert list(tokenizer.specials) == [*SPECIALS, *MARKERS]
+    assert tokenizer.eos_ids == [1, 4]
+    ids = {tokenizer.specials[marker] for marker in MARKERS}
+    for text in [*MARKERS, "".join(MARKERS), *talk[:50]]:
+        assert not ids & set(tokenizer.encode(text))
+        assert tokenizer.decode(tokenizer.encode(text)) == text
+    assert tokenizer.encode("".join(MARKERS), specials=True) == [5, 6, 7, 8]
+
+
+def test_special_tokens_that_text_could_spell_are_refused(texts):
+    for token in ("llama", "a", " llama", "Ġllama", "--", "<|"):
+        if token == " llama":
+            assert train_bpe(texts, 400, specials=[token]).specials[token] == 5  # no letter of the alphabet: safe
+            continue
+        with pytest.raises(PunaError, match="is an ordinary word"):
+            train_bpe(texts, 400, specials=[token])
+    with pytest.raises(PunaError, match="a special token is empty"):
+        train_bpe(texts, 400, specials=[""])
+    with pytest.raises(PunaError, match=r"264 .*265: 256 bytes and 9 special"):
+        train_bpe(texts, 264, specials=MARKERS)
+
+
+def test_added_tokens_hold_those_that_are_not_special(bpe):
+    engine = Engine.from_str(bpe.to_json())
+    engine.add_tokens([AddedToken("<|fim_prefix|>", special=False)])
+    tokenizer = Tokenizer(engine)
+    assert tokenizer.specials == bpe.specials == bpe.added
+    assert tokenizer.added == {**bpe.specials, "<|fim_prefix|>": 500}
+
+
+def test_byte_lengths_add_up_to_the_text(kinds, texts):
+    samples = [*SAMPLES, *texts[:50]]
+    for kind in KINDS:
+        tokenizer = kinds[kind]
+        lengths = tokenizer.byte_lengths
+        if kind in ("metaspace", "strips", "t5"):
+            assert lengths is None
+            continue
+        assert len(lengths) == tokenizer.vocab_size
+        assert all(lengths[i] == 0 for i in tokenizer.specials.values())
+        for text in samples:
+            ids = tokenizer.encode(text)
+            decoded = tokenizer.decode(ids, skip_specials=True)
+            in_front = tokenizer.decode(ids[:1], skip_specials=True)
+            dropped = lengths[ids[0]] - len(in_front.encode()) if ids and not in_front.startswith("\ufffd") else 0
+            assert sum(lengths[i] for i in ids) - max(0, dropped) == len(decoded.encode()), (kind, text)
+
+
 def test_small_corpus_gives_a_smaller_vocabulary_and_says_so(capsys):
     tokenizer = train_bpe(["ab ab"], 1000)
     assert tokenizer.vocab_size < 300

@@ -46,9 +46,8 @@ def test_a_run_learns_and_leaves_a_whole_folder(recipe, capsys) -> None:
 def test_bits_per_byte_by_hand(recipe) -> None:
     trainer = Trainer(build(Recipe, recipe))
     found = trainer.validate()
-    stream = trainer.validation
-    tokens = len(stream.corpus.tokens) - len(stream.corpus.starts)
-    expected = found["val_loss"] / math.log(2) * tokens / stream.corpus.text_bytes
+    held = trainer.sources.held["text"].reader.manifest
+    expected = found["val_loss"] / math.log(2) * (held.tokens - held.documents) / held.text_bytes
     assert found["val_bits_per_byte"] == pytest.approx(expected)
 
 
@@ -59,7 +58,7 @@ def gradients(recipe: dict, batch_sizes: list[int]) -> list[torch.Tensor]:
     trainer.optimizer.zero_grad = lambda: kept.extend(p.grad.clone() for p in trainer.model.parameters())  # type: ignore
     batches, first = [], 0
     for size in batch_sizes:
-        batch = trainer.stream.batch(first, size)
+        batch = trainer.sources.stream.batch(first, size)
         sequence = torch.arange(first, first + size).repeat_interleave(32)
         targets = batch.targets_T.where(torch.arange(32).repeat(size) < 4 + 2 * sequence, IGNORE)
         batches.append(replace(batch, targets_T=targets, valid=int((targets != IGNORE).sum())))

@@ -144,7 +144,7 @@ def _convert(hint: Any, value: Any, key: str) -> Any:
 
 
 def _convert_tuple(hint: Any, value: Any, key: str) -> tuple[Any, ...]:
-    items = value.split(",") if isinstance(value, str) else value
+    items = [part for part in value.split(",") if value] if isinstance(value, str) else value  # "" is the empty list
     if not isinstance(items, Sequence):
         raise PunaError(
             f"{key!r} must be a list, got {value!r}", "write it as [a, b] in TOML or a,b on the command line"

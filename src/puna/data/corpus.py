@@ -2,52 +2,42 @@
 
 from __future__ import annotations
 
-import glob
 import hashlib
-import sysconfig
 from collections.abc import Iterable, Sequence
-from dataclasses import dataclass
 from pathlib import Path
 
 from puna.base.console import PunaError, say
+from puna.data.blocks import STANDARD_LIBRARY, find_inputs, standard_library
+from puna.data.documents import INVALID, Document, Rules
+from puna.data.encode import utf8_bytes
+from puna.data.read_blocks import read_all
 
-# Names the text that every machine with Python has, wherever a path may stand.
-STANDARD_LIBRARY = "python:stdlib"
-
-
-@dataclass(frozen=True)
-class Document:
-    """One text and where it came from."""
-
-    name: str
-    text: str
+__all__ = ["STANDARD_LIBRARY", "Document", "hold_out", "read_documents", "standard_library", "total_bytes"]
 
 
 def read_documents(paths: Sequence[str | Path]) -> list[Document]:
-    """The text of files, folders (recursively) and globs, exact duplicates once, in sorted order of their names.
+    """The documents of files of every kind (text, jsonl, parquet, compressed; local or s3://), folders and globs.
 
-    Files that are not UTF-8 text are left out and counted. Raises PunaError for a path that does not exist and for a
-    corpus without any text.
+    Exact duplicates once, in order of the files' names. What is empty or no text is left out and counted. Raises
+    PunaError for a path that does not exist and for a corpus without any text.
     """
-    files = sorted({file for path in paths for file in _expand(str(path))})
-    documents, seen, unreadable, repeated = [], set(), 0, 0
-    for file in files:
-        text = _read_text(file)
-        if text is None:
-            unreadable += 1
-            continue
-        digest = hashlib.sha256(text.encode()).digest()
-        if digest in seen or not text.strip():
-            repeated += digest in seen
-            continue
-        seen.add(digest)
-        documents.append(Document(str(file), text))
-    if unreadable or repeated:
-        say(f"left out: {unreadable} files that are not UTF-8 text, {repeated} exact duplicates")
+    inputs = find_inputs(paths)
+    reading = read_all(inputs, Rules())
+    documents: dict[bytes, Document] = {}
+    for document in reading.documents:
+        documents.setdefault(hashlib.sha256(document.text.encode()).digest(), document)
+    repeated = len(reading.documents) - len(documents)
+    mended = reading.left_out.pop(INVALID, 0)
+    left_out = [f"{number} {what}" for what, number in reading.left_out.items()]
+    left_out += [f"{repeated} exact duplicates"] if repeated else []
+    if left_out:
+        say(f"left out: {', '.join(left_out)}")
+    if mended:
+        say(f"mended: {mended} documents that are not valid UTF-8 (U+FFFD stands for what is wrong)")
     if not documents:
         names = ", ".join(str(path) for path in paths)
-        raise PunaError(f"no text in {names} ({len(files)} files looked at)", "give files or folders with UTF-8 text")
-    return documents
+        raise PunaError(f"no text in {names} ({len(inputs)} files looked at)", "give files or folders with UTF-8 text")
+    return list(documents.values())
 
 
 def hold_out(documents: Sequence[Document], fraction: float, seed: int = 0) -> tuple[list[Document], list[Document]]:
@@ -79,37 +69,6 @@ def _cut_one(document: Document, fraction: float) -> tuple[list[Document], list[
     return [Document(document.name, head)], [Document(f"{document.name} (end)", tail)]
 
 
-def standard_library() -> list[Path]:
-    """Python's own library sources, without tests and installed packages: about 12 MB of real text on every machine."""
-    root = Path(sysconfig.get_path("stdlib"))
-    skip = {"test", "tests", "site-packages", "dist-packages", "idle_test", "__pycache__", "lib-dynload"}
-    return [file for file in sorted(root.rglob("*.py")) if not skip.intersection(file.relative_to(root).parts)]
-
-
 def total_bytes(documents: Iterable[Document]) -> int:
     """Size of the texts in UTF-8."""
-    return sum(len(document.text.encode()) for document in documents)
-
-
-def _expand(path: str) -> list[Path]:
-    if path == STANDARD_LIBRARY:
-        return standard_library()
-    found = [Path(path)] if Path(path).exists() else [Path(p) for p in glob.glob(path, recursive=True)]
-    if not found:
-        raise PunaError(f"{path} does not exist", "give existing files, folders or a quoted glob")
-    files: list[Path] = []
-    for item in found:
-        files += [f for f in item.rglob("*") if f.is_file() and not _hidden(f, item)] if item.is_dir() else [item]
-    return files
-
-
-def _hidden(file: Path, root: Path) -> bool:
-    return any(part.startswith(".") or part == "__pycache__" for part in file.relative_to(root).parts)
-
-
-def _read_text(file: Path) -> str | None:
-    try:
-        text = file.read_text(encoding="utf-8")
-    except (UnicodeDecodeError, OSError):
-        return None
-    return None if "\0" in text else text
+    return sum(utf8_bytes(document.text) for document in documents)

@@ -1,80 +1,209 @@
-"""Token windows in an order that is a pure function of (seed, sample index), so that resuming needs one integer."""
+"""The training stream: global row i is the same tokens whoever asks, on however many ranks, after any resume.
+
+    row i -> how wide are its samples (curriculum) -> which source (mixture) -> which shard, which sample (order)
+          -> which pieces of which documents (cut) -> Batch (pack)
+
+Every arrow is a pure function of (seed, manifests, i), so there is no state to save but the number of rows served.
+"""
 
 from __future__ import annotations
 
-import hashlib
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from functools import lru_cache
 
 import numpy as np
 
 from puna.base.console import PunaError
-from puna.data.corpus import Document, total_bytes
-from puna.data.pack import Batch, pack
-from puna.text.tokenizer import Tokenizer
+from puna.data.curriculum import place_of_step
+from puna.data.cut import Concat, Cut, Plan
+from puna.data.mixture import Mixture
+from puna.data.order import GROUP, Order
+from puna.data.pack import Batch, Part, Rules, pack
+from puna.data.permute import keyed
+from puna.data.reader import KEEP_OPEN, ShardReader
+from puna.data.shards import Shard
 
 
-class TokenCorpus:
-    """Documents as one token array: `[bos] text [eos]` each, with the offset where each one starts."""
+class Lane:
+    """One source cut one way: its samples in endless shuffled order. `counts`: samples of each shard."""
 
-    def __init__(self, tokens: np.ndarray, starts: np.ndarray, text_bytes: int):
-        self.tokens, self.starts, self.text_bytes = tokens, starts, text_bytes
+    def __init__(self, reader: ShardReader, cut: Cut, counts: Sequence[int], key: int, group: int = GROUP):
+        self.reader, self.cut, self.key = reader, cut, key
+        self.order = Order(counts, key, group)  # the same order of shards at every width
+        self.open = lru_cache(maxsize=KEEP_OPEN)(self._open)
 
-    @staticmethod
-    def encode(documents: Sequence[Document], tokenizer: Tokenizer) -> TokenCorpus:
-        """Tokenize in parallel; special strings in the text stay text."""
-        begin = [] if tokenizer.bos_id is None else [tokenizer.bos_id]
-        end = tokenizer.eos_ids[:1]
-        rows = [begin + ids + end for ids in tokenizer.encode_batch([d.text for d in documents])]
-        lengths = np.array([len(row) for row in rows])
-        dtype = np.uint16 if tokenizer.vocab_size <= 2**16 else np.uint32
-        tokens = np.concatenate([np.array(row, dtype=dtype) for row in rows])
-        return TokenCorpus(tokens, np.concatenate(([0], lengths[:-1].cumsum())), total_bytes(documents))
+    def _open(self, number: int) -> tuple[Shard, Plan]:
+        shard = self.reader.shard(number)
+        return shard, self.cut.plan(shard, number)
 
-    def fingerprint(self) -> str:
-        """sha256 of tokens and document starts: what a resumed run must find unchanged."""
-        digest = hashlib.sha256(self.tokens.tobytes())
-        digest.update(self.starts.astype(np.int64).tobytes())
-        return digest.hexdigest()
+    def parts(self, index: np.ndarray, place: np.ndarray) -> Iterator[Part]:
+        """The pieces of this lane's samples `index`, each to begin at `place` in the batch. Shapes: both (n,)."""
+        epochs, shards, samples = self.order.locate(index)
+        for epoch, number in sorted(set(zip(epochs.tolist(), shards.tolist(), strict=True))):
+            here = (epochs == epoch) & (shards == number)
+            shard, plan = self.open(number)
+            pieces = plan.pieces(samples[here])
+            ends = pieces.size.cumsum()
+            first = np.searchsorted(pieces.sample, np.arange(here.sum()))
+            within = ends - pieces.size - (ends - pieces.size)[first][pieces.sample]
+            yield Part(shard, pieces, place[here][pieces.sample] + within, keyed(self.key, epoch, number))
+
+
+@dataclass(frozen=True)
+class Curriculum:
+    """Which lane each step takes, for decomposed data: see data/curriculum."""
+
+    name: str
+    steps: int
+    rows_per_step: int
+    tokens: Mapping[int, int]
+    seed: int
+
+    def place(self, step: int) -> tuple[int, int]:
+        """(log2 of the sample's width, earlier steps of that width)."""
+        return place_of_step(step % self.steps, self.steps, self.tokens, self.name, self.seed)
 
 
 class Stream:
-    """Fixed windows of `seq_len` tokens. Sample i is window perm_e[i mod n] of epoch e = i div n."""
+    """Rows of `width` positions from several sources.
 
-    def __init__(self, corpus: TokenCorpus, seq_len: int, seed: int):
-        self.corpus, self.seq_len, self.seed = corpus, seq_len, seed
-        self.windows = (len(corpus.tokens) - 1) // seq_len
-        if self.windows < 1:
-            raise PunaError(
-                f"the corpus has {len(corpus.tokens)} tokens, one sequence needs {seq_len + 1}",
-                "give more text or a smaller seq_len",
-            )
-        self._order: tuple[int, np.ndarray] = (-1, np.empty(0))
+    `lanes[w][s]`: source s cut into samples of w positions, None where it has none; `mixtures[w]` says who is served.
+    `width` of a row; without a curriculum it is the only one.
+    """
 
-    def window(self, index: int) -> int:
-        """Offset of the first token of global sample `index`."""
-        epoch, place = divmod(index, self.windows)
-        if self._order[0] != epoch:
-            generator = np.random.Generator(np.random.Philox(key=[self.seed, epoch]))
-            self._order = (epoch, generator.permutation(self.windows))
-        return int(self._order[1][place]) * self.seq_len
+    def __init__(
+        self,
+        lanes: Mapping[int, Sequence[Lane | None]],
+        mixtures: Mapping[int, Mixture],
+        rules: Rules,
+        curriculum: Curriculum | None = None,
+        width: int = 0,
+    ):
+        self.lanes, self.mixtures, self.rules, self.curriculum = lanes, mixtures, rules, curriculum
+        self.width = width or max(lanes)
 
     def batch(self, first: int, count: int) -> Batch:
-        """Global samples first .. first + count - 1, packed."""
-        return pack(
-            self.corpus.tokens, self.corpus.starts, [self.window(first + i) for i in range(count)], self.seq_len
+        """Rows first .. first + count - 1 of the endless global sequence."""
+        parts: list[Part] = []
+        for width, samples, place in self._samples(first, count):
+            sources, within = self.mixtures[width].split(samples)
+            for source in np.unique(sources).tolist():
+                lane = self.lanes[width][source]
+                assert lane is not None
+                here = sources == source
+                parts += lane.parts(within[here], place[here])
+        return pack(parts, count, self.width, self.rules)
+
+    def _samples(self, first: int, count: int) -> Iterator[tuple[int, np.ndarray, np.ndarray]]:
+        """(sample width, numbers of the samples of that width, their places in the batch) for a range of rows."""
+        if self.curriculum is None:
+            rows = np.arange(count)
+            yield self.width, first + rows, rows * self.width
+            return
+        done = 0
+        while done < count:
+            step, row = divmod(first + done, self.curriculum.rows_per_step)
+            rows_here = min(count - done, self.curriculum.rows_per_step - row)
+            k, earlier = self.curriculum.place(step)
+            width, per_row = 1 << k, self.width >> k
+            begin = (earlier * self.curriculum.rows_per_step + row) * per_row
+            samples = np.arange(rows_here * per_row)
+            yield width, begin + samples, done * self.width + samples * width
+            done += rows_here
+
+    def upcoming(self, first: int) -> Iterator[tuple[Lane, int]]:
+        """(lane, shard) of what the rows from `first` on will need, nearest first: what to fetch ahead."""
+        for width, samples, _ in self._samples(first, 1):
+            before = self.mixtures[width].counts(int(samples[0]))
+            for lane, index in zip(self.lanes[width], before.tolist(), strict=True):
+                if lane is not None:
+                    yield from ((lane, number) for number in lane.order.upcoming(index))
+
+    def epochs(self, rows: int) -> list[float]:
+        """How often each source was gone through after the first `rows` rows, by samples."""
+        served = np.zeros(len(next(iter(self.lanes.values()))))
+        held = np.zeros_like(served)
+        for width, lanes in self.lanes.items():
+            samples = self._served(width, rows)
+            counts = self.mixtures[width].counts(samples)
+            served += counts * width
+            held += [lane.order.total * width if lane else 0 for lane in lanes]
+        return (served / np.maximum(held, 1)).tolist()
+
+    def _served(self, width: int, rows: int) -> int:
+        """Samples of a width in the first `rows` rows."""
+        if self.curriculum is None:
+            return rows
+        steps, rest = divmod(rows, self.curriculum.rows_per_step)
+        whole, last = divmod(steps, self.curriculum.steps)
+        tally = self._tally(width, self.curriculum.steps) * whole + self._tally(width, last)
+        here = bool(rest) and self.curriculum.place(steps)[0] == width.bit_length() - 1
+        return (tally * self.curriculum.rows_per_step + rest * here) * (self.width // width)
+
+    def _tally(self, width: int, steps: int) -> int:
+        """Steps of a width among the first `steps` of the curriculum: what the last one of them has counted."""
+        assert self.curriculum is not None
+        for step in range(steps - 1, -1, -1):
+            k, earlier = self.curriculum.place(step)
+            if 1 << k == width:
+                return earlier + 1
+        return 0
+
+
+def share(first: int, count: int, rank: int, world: int) -> tuple[int, int]:
+    """(first row, rows) of one rank's part of a global batch. The parts of all ranks are the batch, in order."""
+    if count % world:
+        raise PunaError(
+            f"a batch of {count} rows cannot be shared by {world} ranks", f"use a batch size that {world} divides"
         )
+    return first + rank * (count // world), count // world
 
-    def sample_evenly(self, count: int, limit: int) -> Iterator[Batch]:
-        """At most `limit` windows spread evenly over the corpus, `count` at a time, always the same: for validation.
 
-        Evenly, because neighbours are alike: the first windows of a sorted folder may all be tables of numbers.
-        """
-        chosen = min(self.windows, limit)
-        offsets = [i * self.windows // chosen * self.seq_len for i in range(chosen)]
+class Held:
+    """A source held out for validation: the same windows, spread evenly over it, every time.
+
+    Evenly, because neighbours are alike: the first windows of a sorted folder may all be tables of numbers.
+    """
+
+    def __init__(self, reader: ShardReader, width: int, rules: Rules):
+        cut = Concat(width)
+        self.reader, self.rules = reader, rules
+        self.lane = Lane(reader, cut, [cut.count(info) for info in reader.manifest.shards], key=0)
+        if self.lane.order.total < 1:
+            raise too_short(reader, width)
+
+    def batches(self, count: int, limit: int) -> Iterator[Batch]:
+        """At most `limit` windows, `count` at a time."""
+        ends = self.lane.order.counts.cumsum()
+        total = self.lane.order.total
+        chosen = min(total, limit)
+        samples = np.arange(chosen) * total // chosen
+        shards = np.searchsorted(ends, samples, side="right")
         for first in range(0, chosen, count):
-            yield pack(self.corpus.tokens, self.corpus.starts, offsets[first : first + count], self.seq_len)
+            some = slice(first, first + count)
+            yield self._pack(shards[some], samples[some] - (ends - self.lane.order.counts)[shards[some]])
+
+    def _pack(self, shards: np.ndarray, samples: np.ndarray) -> Batch:
+        width = self.lane.cut.width
+        parts, place = [], np.arange(len(shards)) * width
+        for number in np.unique(shards).tolist():
+            here = shards == number
+            shard, plan = self.lane.open(number)
+            pieces = plan.pieces(samples[here])
+            within = pieces.offset - (samples[here] * width)[pieces.sample]
+            parts.append(Part(shard, pieces, place[here][pieces.sample] + within))
+        return pack(parts, len(shards), width, self.rules)
 
     def bytes_per_token(self) -> float:
-        """Bytes of text per scored token of the whole corpus: turns nats per token into bits per byte."""
-        scored = len(self.corpus.tokens) - len(self.corpus.starts)
-        return self.corpus.text_bytes / max(1, scored)
+        """Bytes of text per scored token of the whole source: turns nats per token into bits per byte."""
+        manifest = self.reader.manifest
+        return manifest.text_bytes / max(1, manifest.tokens - manifest.documents)
+
+
+def too_short(reader: ShardReader, width: int) -> PunaError:
+    return PunaError(
+        f"{reader.name} has {reader.manifest.tokens} tokens in {len(reader.manifest.shards)} shards, "
+        f"one sequence needs {width} of one shard",
+        "give more text or a smaller data.seq_len",
+    )

@@ -10,6 +10,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from functools import lru_cache
 
+import numpy as np
 import torch
 import torch.nn.functional as F
 from torch import Tensor
@@ -30,17 +31,16 @@ class PackedCausal:
     max_len: int
 
     @staticmethod
-    def of(lengths: Sequence[int]) -> PackedCausal:
+    def of(lengths: Sequence[int] | np.ndarray) -> PackedCausal:
         """From the token count of each document, in order."""
-        runs: list[tuple[int, int, int]] = []
-        start = 0
-        for length in lengths:
-            if runs and runs[-1][2] == length:
-                runs[-1] = (runs[-1][0], runs[-1][1] + 1, length)
-            else:
-                runs.append((start, 1, length))
-            start += length
-        return PackedCausal(tuple(runs), max(lengths, default=0))
+        count = np.asarray(lengths, dtype=np.int64)
+        if not count.size:
+            return PackedCausal((), 0)
+        first = np.concatenate(([0], np.flatnonzero(np.diff(count)) + 1))  # of each run of equal lengths
+        repeats = np.diff(np.append(first, count.size))
+        starts = (count.cumsum() - count)[first]
+        runs = zip(starts.tolist(), repeats.tolist(), count[first].tolist(), strict=True)
+        return PackedCausal(tuple(runs), int(count.max()))
 
     def __call__(self, layer: int, q_THK: Tensor, k_TGK: Tensor, v_TGK: Tensor, window: int | None) -> Tensor:
         """Attention output (T, H, K). `layer` is not looked at: nothing is remembered.

@@ -37,12 +37,12 @@ RECIPE: dict[str, Any] = {
 SAMPLING = SamplingParams(temperature=0.7, top_p=0.95, max_tokens=100, seed=1)
 
 
-def make_tokenizer(paths: Sequence[str], vocab_size: int, out: str) -> dict[str, Any]:
-    """Train a byte-level BPE on files and save it as a tokenizer folder at `out`."""
+def make_tokenizer(paths: Sequence[str], vocab_size: int, out: str, specials: Sequence[str] = ()) -> dict[str, Any]:
+    """Train a byte-level BPE, with `specials` beside the usual special tokens, and save it as a folder at `out`."""
     documents = read_documents(paths)
     started = time.perf_counter()
     with status(f"training a tokenizer of {vocab_size} tokens on {size(total_bytes(documents))}"):
-        tokenizer = train_bpe((d.text for d in documents), vocab_size)
+        tokenizer = train_bpe((d.text for d in documents), vocab_size, specials=specials)
     with atomic_folder(Path(out)) as folder:
         tokenizer.save(folder)
     say(f"tokenizer  {out}  ({tokenizer.vocab_size} tokens, {duration(time.perf_counter() - started)})")

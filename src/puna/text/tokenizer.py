@@ -22,12 +22,13 @@ from tokenizers import Tokenizer as Engine
 
 from puna.base.console import PunaError
 from puna.base.storage import read_json, write_atomic, write_json
-from puna.text.decoding import StreamDecoder, TextDecoder
+from puna.text.decoding import StreamDecoder, TextDecoder, resolve_bytes
 from puna.text.sentencepiece import convert_sentencepiece
-from puna.text.tiktoken import convert_tiktoken, looks_like_tiktoken
+from puna.text.tiktoken import byte_alphabet, convert_tiktoken, looks_like_tiktoken
 
 TOKEN_NAMES = ("bos_token", "eos_token", "unk_token", "sep_token", "pad_token", "cls_token", "mask_token")
 _FILES = ("tokenizer.json", "tokenizer.model")  # what a folder may hold, best first
+_BYTE_LETTERS = frozenset(byte_alphabet())
 
 
 @dataclass
@@ -55,6 +56,8 @@ class Tokenizer:
         self._engine = engine
         self._settings = settings or Settings()
         added = engine.get_added_tokens_decoder()
+        # Every token that was added beside the model's vocabulary: the special ones, and those that only stay whole.
+        self.added: dict[str, int] = {t.content: i for i, t in sorted(added.items())}
         self.specials: dict[str, int] = {t.content: i for i, t in sorted(added.items()) if t.special}
         self.eats_space: dict[str, tuple[bool, bool]] = {  # special token -> swallows spaces (before, after) it
             t.content: (t.lstrip, t.rstrip) for t in added.values() if t.special
@@ -165,6 +168,25 @@ class Tokenizer:
         vocabulary = sorted(self._engine.get_vocab(with_added_tokens=True).items())
         model = json.loads(self._engine.to_str())["model"]
         return hashlib.sha256(json.dumps([vocabulary, model], sort_keys=True).encode()).hexdigest()
+
+    @cached_property
+    def byte_lengths(self) -> list[int] | None:
+        """UTF-8 bytes of text that each id stands for, 0 for special tokens; None if that depends on its neighbours.
+
+        It does not in byte-level BPE, nor with byte fallback, where a space that begins the text counts as any other.
+        """
+        if not (self._decoder.is_byte_level or self._decoder.has_byte_fallback):
+            return None
+        return [self._byte_length(token_id) for token_id in range(self.vocab_size)]
+
+    def _byte_length(self, token_id: int) -> int:
+        token = self._decoder.token(token_id, skip_specials=True)
+        if not token:
+            return 0
+        if self._decoder.is_byte_level:  # one letter of the alphabet is one byte; what is not in it stands for itself
+            return len(token) if _BYTE_LETTERS.issuperset(token) else len(token.encode())
+        is_byte = resolve_bytes(token, bytearray()) != [token]
+        return 1 if is_byte else len(self._decoder.join(["x", token]).encode()) - 1
 
     # Saving.
 

@@ -13,20 +13,20 @@ from typing import Any
 import torch
 
 from puna.base.config import as_dict, build, read_toml
-from puna.base.console import PunaError, count, curve, say, size, status, table
+from puna.base.console import PunaError, count, curve, say, table
 from puna.base.hardware import describe, keep_freed_memory, parse_dtype, pick_device
 from puna.base.storage import disk_error
-from puna.data.corpus import hold_out, read_documents, total_bytes
+from puna.data.loader import Loader
 from puna.data.pack import Batch
-from puna.data.stream import Stream, TokenCorpus
 from puna.model.transformer import Transformer
 from puna.ops.basic import cross_entropy
 from puna.ops.linear import describe as describe_kernels
 from puna.text.tokenizer import Tokenizer
-from puna.train.metrics import HEADER, Metrics, plot_png, print_step
+from puna.train.metrics import HEADER, Metrics, WaitReport, plot_png, print_step
 from puna.train.optim import build_optimizer, clip_gradients, learning_rate, set_learning_rate
 from puna.train.recipe import Recipe
 from puna.train.setup import check_recipe, check_resume, choose_spec, vocab_error
+from puna.train.sources import open_sources
 from puna.weights.checkpoint import find_resume, list_steps, load_checkpoint, save_checkpoint, verify
 from puna.weights.folder import empty_model, load_model
 
@@ -50,11 +50,8 @@ class Trainer:
         self.device = pick_device(recipe.train.device)
         self.dtype = parse_dtype(recipe.train.dtype)
         self.tokenizer = Tokenizer.load(recipe.data.tokenizer or recipe.model.path)
-        documents = hold_out(read_documents(recipe.data.text), recipe.data.val_fraction)
-        with status(f"tokenizing {size(sum(map(total_bytes, documents)))} of text"):
-            corpora = [TokenCorpus.encode(part, self.tokenizer) for part in documents]
-        self.stream, self.validation = (Stream(c, recipe.data.seq_len, recipe.seed) for c in corpora)
-        self.fingerprint = corpora[0].fingerprint()
+        self.sources = open_sources(recipe, self.tokenizer)
+        self.loader = Loader(self.sources.stream, recipe.train.batch_size, recipe.train.micro_batch_size)
         self.scaler = torch.amp.GradScaler(self.device.type, enabled=self.dtype == torch.float16)
         self.step_done = 0
         self._prepare()
@@ -65,6 +62,8 @@ class Trainer:
             return self._run()
         except OSError as error:  # metrics and curve are written outside the saves: their disk may be full, too
             raise disk_error(error, self.run_folder) from error
+        finally:
+            self.loader.close()
 
     def _run(self) -> dict[str, Any]:
         self._print_card()
@@ -106,22 +105,31 @@ class Trainer:
 
     @torch.no_grad()
     def validate(self) -> dict[str, float]:
-        """Loss on held-out files: evenly spread windows, none overlapping, the first tokens of each without context."""
-        data = self.recipe.data
-        nll = valid = 0.0
-        limit = max(1, self.recipe.validation.max_tokens // data.seq_len)
-        for batch in self.validation.sample_evenly(self._micro_size(), limit):
-            nll += self.loss(batch.to(self.device))[1].item()
-            valid += batch.valid
-        loss = nll / max(1.0, valid)
-        return {"val_loss": loss, "val_bits_per_byte": loss / math.log(2) / self.validation.bytes_per_token()}
+        """Loss on what is held out: evenly spread windows, none overlapping, the first tokens of each without context.
+
+        With several sources also one loss for each, as 'val_loss/NAME'. Empty if nothing is held out.
+        """
+        held, found = self.sources.held, {}
+        limit = max(1, self.recipe.validation.max_tokens // self.recipe.data.seq_len // max(1, len(held)))
+        nll = valid = size = 0.0
+        for name, part in held.items():
+            part_nll = part_valid = 0.0
+            for batch in part.batches(self._micro_size(), limit):
+                part_nll += self.loss(batch.to(self.device))[1].item()
+                part_valid += batch.valid
+            found[f"val_loss/{name}"] = part_nll / max(1.0, part_valid)
+            nll, valid, size = nll + part_nll, valid + part_valid, size + part_valid * part.bytes_per_token()
+        if not held:
+            return {}
+        total = {"val_loss": nll / max(1.0, valid), "val_bits_per_byte": nll / math.log(2) / max(1.0, size)}
+        return total | (found if len(held) > 1 else {})
 
     def seconds_per_step(self, repeats: int = 4) -> float:
         """Measured time of a step's forward and backward pass, after one to warm up; nothing is updated."""
         for repeat in range(repeats + 1):
             if repeat == 1:
                 started = time.perf_counter()
-            for batch in self._batches():
+            for batch in self.loader.make(self.step_done):
                 (self.loss(batch.to(self.device))[0] / max(1, batch.valid)).backward()
             self.optimizer.zero_grad()
         return (time.perf_counter() - started) / repeats
@@ -129,17 +137,19 @@ class Trainer:
     def _one_step(self) -> None:
         started = time.perf_counter()
         rate = self._learning_rate()
-        loss, norm = self.step(self._batches())
+        loss, norm = self.step(self.loader.step(self.step_done))
         elapsed = time.perf_counter() - started
         self.step_done += 1
         tokens = self.recipe.train.batch_size * self.recipe.data.seq_len
         row = {"step": self.step_done, "loss": loss, "lr": rate, "grad_norm": norm if math.isfinite(norm) else None,
-               "tokens_per_second": tokens / elapsed, "ms": elapsed * 1000}  # fmt: skip
+               "tokens_per_second": tokens / elapsed, "ms": elapsed * 1000,
+               "data_ms": self.loader.waited * 1000}  # fmt: skip
         last = self.step_done == self.recipe.train.steps
         if last or (self.recipe.validation.every and self.step_done % self.recipe.validation.every == 0):
             row |= self.validate()
         self.metrics.add(row)
         self._seconds.append(elapsed)
+        self._waits.add(row)
         if last or "val_loss" in row or self.step_done % self.recipe.train.log_every == 0:
             recent = self._seconds[-50:]
             print_step(row, sum(recent) / len(recent) * (self.recipe.train.steps - self.step_done))
@@ -154,12 +164,6 @@ class Trainer:
             f"learning rate {self._learning_rate():.2e}",
             f"lower --optim.lr or raise --optim.warmup_steps; last save: {saved[-1] if saved else 'none yet'}",
         )
-
-    def _batches(self) -> list[Batch]:
-        """The micro-batches of the next step: a pure function of (seed, steps done)."""
-        size, micro = self.recipe.train.batch_size, self._micro_size()
-        first = self.step_done * size
-        return [self.stream.batch(first + i, min(micro, size - i)) for i in range(0, size, micro)]
 
     def _micro_size(self) -> int:
         return self.recipe.train.micro_batch_size or self.recipe.train.batch_size
@@ -177,11 +181,12 @@ class Trainer:
         self.optimizer = build_optimizer(self.model, self.recipe.optim)
         if save is not None:
             state = load_checkpoint(save, self.model, self.optimizer)
-            check_resume(state, self._identity(), save)
+            check_resume(state, self._identity(state["step"]), save)
             self.scaler.load_state_dict(state["scaler"])
             self.step_done = state["step"]
         self.metrics = Metrics(self.run_folder, self.step_done)
         self._seconds: list[float] = []
+        self._waits = WaitReport()
 
     def _build_model(self, save: Path | None) -> Transformer:
         section = self.recipe.model
@@ -202,19 +207,13 @@ class Trainer:
             raise PunaError(f"{self.run_folder} already holds saves and resume is 'never'", "choose another --out")
         return find_resume(self.run_folder)
 
-    def _identity(self) -> dict[str, Any]:
-        """What must not change across a resume: these decide which tokens a step sees, and which model sees them."""
-        return {
-            "data": self.fingerprint,
-            "seed": self.recipe.seed,
-            "seq_len": self.recipe.data.seq_len,
-            "batch_size": self.recipe.train.batch_size,
-            "model": as_dict(self.recipe.model),
-        }
+    def _identity(self, step: int) -> dict[str, Any]:
+        """What must not change across a resume: what decides the tokens of the steps done, and which model saw them."""
+        return {**self.sources.identity(step), "model": as_dict(self.recipe.model)}
 
     def _save(self) -> None:
         state = {
-            "identity": self._identity(),
+            "identity": self._identity(self.step_done),
             "scaler": self.scaler.state_dict(),
             "recipe": as_dict(self.recipe),
         }
@@ -228,12 +227,10 @@ class Trainer:
     def _print_card(self) -> None:
         recipe, spec = self.recipe, self.model.spec
         tokens = recipe.train.batch_size * recipe.data.seq_len
-        epochs = recipe.train.steps * recipe.train.batch_size / self.stream.windows
         rows = [
             ("model", f"{spec.model_type}, {count(spec.num_params())} parameters, vocabulary {spec.vocab_size}"),
-            ("data", f"{count(len(self.stream.corpus.tokens))} tokens, {self.stream.bytes_per_token():.2f} bytes each; "
-                     f"{len(self.validation.corpus.starts)} files held out"),
-            ("run", f"{recipe.train.steps} steps of {tokens} tokens ({epochs:.2f} epochs), from step {self.step_done}"),
+            *self.sources.card(),
+            ("run", f"{recipe.train.steps} steps of {tokens} tokens, from step {self.step_done}"),
             ("machine", f"{describe()}; {recipe.train.dtype}, {torch.get_num_threads()} threads"),
             ("kernels", describe_kernels() if self.device.type == "cpu" else "torch"),
             ("out", str(self.run_folder)),
@@ -249,12 +246,14 @@ class Trainer:
         say(curve(losses))
         if interrupted:
             say(f"interrupted at step {self.step_done} and saved; the same command continues from there")
-        say(f"model    {latest}\nmetrics  {self.metrics.path}\ncurve    {png}")
+        epochs = ", ".join(f"{name} {value:.2f}" for name, value in self.sources.epochs(self.step_done).items())
+        say(f"epochs   {epochs}\nmodel    {latest}\nmetrics  {self.metrics.path}\ncurve    {png}")
         return {
             "step": self.step_done,
             "interrupted": interrupted,
             "loss": losses[-1] if losses else None,
             "val_bits_per_byte": bits[-1][1] if bits else None,
+            "epochs": self.sources.epochs(self.step_done),
             "model": str(latest),
             "metrics": str(self.metrics.path),
             "curve": str(png),

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+from collections import deque
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -11,7 +12,7 @@ from typing import Any
 from puna.base.console import count, duration, say
 from puna.base.storage import write_atomic
 
-HEADER = "   step     loss  val b/B        lr   gnorm   tok/s      ms      eta"
+HEADER = "   step     loss  val b/B        lr   gnorm   tok/s      ms  wait      eta"
 
 
 class Metrics:
@@ -52,13 +53,35 @@ def read_rows(path: Path) -> Iterator[dict[str, Any]]:
 
 
 def print_step(row: dict[str, Any], eta_seconds: float) -> None:
-    """The fixed-column line of a training step."""
+    """The fixed-column line of a training step; `wait` is the share of it that stood still for data."""
     val = f"{row['val_bits_per_byte']:7.3f}" if "val_bits_per_byte" in row else " " * 7
     norm = f"{row['grad_norm']:6.2f}" if row["grad_norm"] is not None else "   inf"
     say(
-        f"{row['step']:7d}  {row['loss']:7.4f}  {val}  {row['lr']:8.2e}  {norm}  "
-        f"{count(row['tokens_per_second']):>6}  {row['ms']:6.0f}  {duration(eta_seconds):>7}"
+        f"{row['step']:7d}  {row['loss']:7.4f}  {val}  {row['lr']:8.2e}  {norm}  {count(row['tokens_per_second']):>6}  "
+        f"{row['ms']:6.0f}  {row['data_ms'] / row['ms']:4.0%}  {duration(eta_seconds):>7}"
     )
+
+
+class WaitReport:
+    """Says when storage is slower than the model: over 20 steps, more than a tenth of the time went into waiting."""
+
+    STEPS, SHARE, PAUSE = 20, 0.1, 200
+
+    def __init__(self) -> None:
+        self._recent: deque[tuple[float, float]] = deque(maxlen=self.STEPS)
+        self._quiet = 0
+
+    def add(self, row: dict[str, Any]) -> None:
+        """Look at one step's 'ms' and 'data_ms'; after a line was said, 200 steps pass before the next."""
+        self._recent.append((row["data_ms"], row["ms"]))
+        self._quiet -= 1
+        waited, all_of_it = (sum(values) / len(self._recent) for values in zip(*self._recent, strict=True))
+        if len(self._recent) == self.STEPS and self._quiet < 0 and waited > self.SHARE * all_of_it:
+            self._quiet = self.PAUSE
+            say(
+                f"storage is slower than the model: {waited:.0f} of {all_of_it:.0f} ms a step "
+                f"({waited / all_of_it:.0%}) are spent waiting for data"
+            )
 
 
 def plot_png(metrics: Metrics, path: Path, title: str) -> None:

@@ -26,12 +26,30 @@ class ModelSection:
 
 @dataclass(frozen=True)
 class DataSection:
-    """Text and how it is cut."""
+    """Where tokens come from, in which shares, and how they are cut into sequences."""
 
-    text: tuple[str, ...] = knob((), "files, folders or globs with UTF-8 text; python:stdlib is Python's own library")
+    text: tuple[str, ...] = knob(
+        (), "files, folders or globs with text, held in memory; python:stdlib is Python's own library"
+    )
+    shards: tuple[str, ...] = knob(
+        (), "instead of text: folders that `puna tokenize` wrote, local or s3:// gs:// az://"
+    )
+    weights: tuple[float, ...] = knob((), "share of each of `shards` in every batch; empty: by their size")
+    schedule: tuple[str, ...] = knob((), 'weights from a step on, one entry each: "5000: 0.5 0.5"')
     tokenizer: str = knob("", "tokenizer folder or file; empty: the one in model.path")
     seq_len: int = knob(256, "tokens per sequence")
-    val_fraction: float = knob(0.05, "share of the files held out, whole, for validation")
+    val_fraction: float = knob(0.05, "share of the files of `text` held out, whole, for validation")
+    packing: str = knob(
+        "concat", "concat: windows over text; best_fit: whole documents; decompose: 2^k of one document"
+    )
+    cross_documents: bool = knob(False, "attention and positions go on from one document to the next in a sequence")
+    mask_tags: bool = knob(True, "tokens that name a document's source (puna tokenize --tag) are read, not learnt")
+    fim_rate: float = knob(0.0, "share of documents told as fill-in-the-middle; needs packing best_fit")
+    fim_spm_rate: float = knob(0.5, "share of those in suffix-prefix-middle order, the rest in prefix-suffix-middle")
+    shortest: int = knob(64, "decompose: shortest sequence, a power of two; shorter tails are dropped")
+    curriculum: str = knob("mixture", "decompose: mixture (all lengths throughout) or short_to_long (in 8 cycles)")
+    cache_dir: str = knob("", "where shards of a bucket are kept; empty: $PUNA_CACHE, else ~/.cache/puna")
+    cache_gib: float = knob(64.0, "size of that cache in GiB, shared by all processes of the machine")
 
 
 @dataclass(frozen=True)

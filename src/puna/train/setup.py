@@ -10,6 +10,7 @@ from puna.base.console import PunaError
 from puna.model.spec import Spec
 from puna.text.tokenizer import Tokenizer
 from puna.train.recipe import ModelSection, Recipe
+from puna.train.sources import check_data
 
 
 def choose_spec(section: ModelSection, tokenizer: Tokenizer, seq_len: int) -> Spec:
@@ -53,23 +54,16 @@ def check_recipe(recipe: Recipe) -> None:
     train, data = recipe.train, recipe.data
     if recipe.task != "pretrain":
         raise PunaError(f"task {recipe.task!r} is not one puna knows", 'use task = "pretrain"')
-    if not data.text:
-        raise PunaError("the recipe names no text", 'set [data] text = ["path", ...]')
-    if not (data.tokenizer or recipe.model.path):
-        raise PunaError(
-            "the recipe names no tokenizer", "make one with `puna tokenizer train`, then set data.tokenizer"
-        )
+    check_data(data, data.tokenizer or recipe.model.path)
     if recipe.seed < 0:
         raise PunaError(f"seed is {recipe.seed}", "use --seed 0 or more")
-    at_least_one = {"train.steps": train.steps, "train.batch_size": train.batch_size, "data.seq_len": data.seq_len,
+    at_least_one = {"train.steps": train.steps, "train.batch_size": train.batch_size,
                     "checkpoint.every": recipe.checkpoint.every, "train.log_every": train.log_every}  # fmt: skip
     for key, value in at_least_one.items():
         if value < 1:
             raise PunaError(f"{key} is {value}", f"use --{key} 1 or more")
     if train.micro_batch_size < 0:
         raise PunaError(f"train.micro_batch_size is {train.micro_batch_size}", "use 0 (all of batch_size) or more")
-    if not 0 < data.val_fraction < 1:
-        raise PunaError(f"data.val_fraction is {data.val_fraction:g}", "use a share between 0 and 1, such as 0.05")
 
 
 def check_resume(state: dict[str, Any], now: dict[str, Any], save: Path) -> None:

@@ -13,7 +13,7 @@ from typing import NamedTuple
 PATH = Path(__file__).with_name("_kernels" + (sysconfig.get_config_var("EXT_SUFFIX") or ".so"))
 _FUNCTIONS = (
     "puna_gemv_float32", "puna_gemv_bfloat16", "puna_attention_forward", "puna_attention_backward",
-    "puna_norm_float32", "puna_norm_bfloat16", "puna_query_float32", "puna_query_bfloat16",
+    "puna_norm_float32", "puna_norm_bfloat16", "puna_query_float32", "puna_query_bfloat16", "puna_fill_batch",
 )  # fmt: skip
 LEVELS = ("baseline", "AVX2", "AVX-512")
 
