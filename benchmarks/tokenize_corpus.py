@@ -22,7 +22,7 @@ MEGABYTES, VOCAB = 64, 32000
 
 def make_corpus(folder: Path) -> None:
     """Pieces of Python's own library as documents of many lengths, and a tokenizer learned from it."""
-    from puna.data.corpus import STANDARD_LIBRARY, read_documents
+    from puna.corpus.in_memory import STANDARD_LIBRARY, read_documents
     from puna.text.train_tokenizer import train_bpe
 
     texts = [document.text for document in read_documents([STANDARD_LIBRARY])]
@@ -44,7 +44,7 @@ def read_texts(folder: Path) -> list[str]:
 
 
 def ours(folder: Path, workers: int) -> float:
-    from puna.data.tokenize import tokenize_corpus
+    from puna.corpus.tokenize import tokenize_corpus
 
     with tempfile.TemporaryDirectory() as out:
         started = time.perf_counter()

@@ -10,7 +10,16 @@ from pathlib import Path
 import pytest
 
 SRC = Path(__file__).parent.parent / "src" / "puna"
-FLOORS = [["base"], ["ops"], ["model", "text"], ["weights", "data"], ["train", "engine"], ["serve"], ["cli"]]
+FLOORS = [
+    ["base"],
+    ["ops"],
+    ["model", "text"],
+    ["weights", "data", "parallel"],
+    ["corpus"],
+    ["train", "engine"],
+    ["serve"],
+    ["cli"],
+]
 FLOOR_OF = {room: floor for floor, rooms in enumerate(FLOORS) for room in rooms}
 # Rooms on one floor that may meet: a batch of data feeds no weights, and so on. None today.
 FILES = sorted(p for p in SRC.rglob("*.py") if p.name not in ("__init__.py", "__main__.py"))

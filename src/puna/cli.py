@@ -153,7 +153,7 @@ def tokenize(
         strict: Refuse invalid UTF-8 and broken lines instead of counting them.
         json: Print one JSON object as the last line of stdout.
     """
-    from puna.data.tokenize import tokenize_corpus
+    from puna.corpus.tokenize import tokenize_corpus
 
     figures = tokenize_corpus(
         paths,
@@ -192,7 +192,7 @@ def shards_import(
         shard_tokens: Tokens after which a shard ends.
         json: Print one JSON object as the last line of stdout.
     """
-    from puna.data.interchange import import_tokens
+    from puna.corpus.interchange import import_tokens
     from puna.text.tokenizer import Tokenizer
 
     _answer(import_tokens(source, Tokenizer.load(tokenizer), out, format, dtype, shard_tokens), json)
@@ -213,7 +213,7 @@ def shards_export(
         out: Prefix (megatron) or file (nanogpt) to write; it must not exist.
         json: Print one JSON object as the last line of stdout.
     """
-    from puna.data.interchange import export_megatron, export_nanogpt
+    from puna.corpus.interchange import export_megatron, export_nanogpt
 
     _answer((export_megatron if to == "megatron" else export_nanogpt)(shards, out), json)
 
@@ -228,7 +228,7 @@ def shards_verify(
         tokenizer: Tokenizer folder; the shards must be of its vocabulary.
         json: Print one JSON object as the last line of stdout.
     """
-    from puna.data.verify import print_shards, verify_shards
+    from puna.corpus.verify import print_shards, verify_shards
     from puna.text.tokenizer import Tokenizer
 
     card = verify_shards(shards, Tokenizer.load(tokenizer) if tokenizer else None)

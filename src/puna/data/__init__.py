@@ -1,1 +1,1 @@
-"""Floor 3: from text to batches whose order is a pure function of (seed, sample index)."""
+"""Floor 3: from token shards to batches whose order is a pure function of (seed, sample index)."""

@@ -17,7 +17,6 @@ import numpy as np
 from puna.base.cache import Cache
 from puna.base.console import PunaError
 from puna.base.files import is_remote, join, name_of, read_file, stat
-from puna.data.encode import Encoded
 from puna.data.shards import Manifest, Shard, ShardInfo, check_tokenizer, describe_shard, read_manifest
 from puna.text.tokenizer import Tokenizer
 
@@ -44,22 +43,22 @@ class ShardReader:
         return cls(str(folder), manifest, cache)
 
     @classmethod
-    def in_memory(cls, encoded: Encoded, tokenizer: Tokenizer, name: str = "memory") -> ShardReader:
+    def in_memory(cls, shard: Shard, text_bytes: int, tokenizer: Tokenizer, name: str = "memory") -> ShardReader:
         """Documents that were tokenized just now, as one shard that lies nowhere."""
-        info = describe_shard("shard-000000", encoded.shard, int(encoded.text_bytes.sum()))
+        info = describe_shard("shard-000000", shard, text_bytes)
         eos = tokenizer.eos_ids[0] if tokenizer.eos_ids else None
         manifest = Manifest(
-            dtype=encoded.shard.tokens.dtype.name,
+            dtype=shard.tokens.dtype.name,
             vocab_size=tokenizer.vocab_size,
             vocab_hash=tokenizer.vocab_hash,
             bos_id=tokenizer.bos_id,
             eos_id=eos,
-            tagged=encoded.shard.tags is not None,
+            tagged=shard.tags is not None,
             shards=[info],
         )
         reader = cls(name, manifest)
         reader._open[0] = Future()
-        reader._open[0].set_result(encoded.shard)
+        reader._open[0].set_result(shard)
         return reader
 
     @property

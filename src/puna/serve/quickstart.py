@@ -14,7 +14,7 @@ from typing import Any
 from puna.base.config import build, read_toml, to_toml
 from puna.base.console import PunaError, duration, say, size, status
 from puna.base.storage import atomic_folder, read_json, write_atomic, write_json
-from puna.data.corpus import STANDARD_LIBRARY, hold_out, read_documents, total_bytes
+from puna.corpus.in_memory import STANDARD_LIBRARY, hold_out, read_documents, total_bytes
 from puna.engine.llm import LLM
 from puna.engine.request import SamplingParams
 from puna.text.train_tokenizer import train_bpe

@@ -11,16 +11,17 @@ from typing import Any
 from puna.base.cache import Cache, default_cache_root
 from puna.base.console import PunaError, count, say, size, status
 from puna.base.files import is_remote, join
-from puna.data.corpus import hold_out, read_documents, total_bytes
+from puna.corpus.documents import Document
+from puna.corpus.encode import encode_documents
+from puna.corpus.in_memory import hold_out, read_documents, total_bytes
 from puna.data.counts import count_samples
 from puna.data.curriculum import CYCLES
 from puna.data.cut import BestFit, Bucket, Concat, Cut, FillInTheMiddle
 from puna.data.decompose import bucket_counts
-from puna.data.encode import encode_documents
 from puna.data.fim import find_fim_tokens
 from puna.data.mixture import Mixture, check_weights, parse_schedule
-from puna.data.pack import Rules
 from puna.data.order import GROUP
+from puna.data.pack import Rules
 from puna.data.permute import keyed
 from puna.data.reader import ShardReader
 from puna.data.shards import is_shards
@@ -107,11 +108,14 @@ def _open_text(data: DataSection, tokenizer: Tokenizer) -> tuple[list[ShardReade
     """Text tokenized into memory: one source, whole files of it held out."""
     parts = hold_out(read_documents(data.text), data.val_fraction)
     with status(f"tokenizing {size(sum(map(total_bytes, parts)))} of text"):
-        train, held = (
-            ShardReader.in_memory(encode_documents(part, tokenizer), tokenizer, name)
-            for part, name in zip(parts, ("text", "held-out files"), strict=True)
-        )
+        names = ("text", "held-out files")
+        train, held = (_in_memory(part, tokenizer, name) for part, name in zip(parts, names, strict=True))
     return [train], {"text": held}
+
+
+def _in_memory(documents: Sequence[Document], tokenizer: Tokenizer, name: str) -> ShardReader:
+    encoded = encode_documents(documents, tokenizer)
+    return ShardReader.in_memory(encoded.shard, int(encoded.text_bytes.sum()), tokenizer, name)
 
 
 def _open_shards(

@@ -3,7 +3,7 @@ from __future__ import annotations
 import pytest
 
 from puna.base.console import PunaError
-from puna.data.corpus import STANDARD_LIBRARY, Document, hold_out, read_documents, standard_library
+from puna.corpus.in_memory import STANDARD_LIBRARY, Document, hold_out, read_documents, standard_library
 
 
 def test_duplicates_and_binaries_are_left_out(tmp_path, capsys) -> None:

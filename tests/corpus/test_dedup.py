@@ -5,7 +5,7 @@ from __future__ import annotations
 import numpy as np
 import pytest
 
-from puna.data.dedup import BANDS, ROWS, SHINGLE, KeySet, band_keys, exact_keys, keep_new, minhash
+from puna.corpus.dedup import BANDS, ROWS, SHINGLE, KeySet, band_keys, exact_keys, keep_new, minhash
 
 
 def lay_out(documents: list[np.ndarray]) -> tuple[np.ndarray, np.ndarray, np.ndarray]:

@@ -7,10 +7,10 @@ from collections.abc import Iterable, Sequence
 from pathlib import Path
 
 from puna.base.console import PunaError, say
-from puna.data.blocks import STANDARD_LIBRARY, find_inputs, standard_library
-from puna.data.documents import INVALID, Document, Rules
-from puna.data.encode import utf8_bytes
-from puna.data.read_blocks import read_all
+from puna.corpus.blocks import STANDARD_LIBRARY, find_inputs, standard_library
+from puna.corpus.documents import INVALID, Document, Rules
+from puna.corpus.encode import utf8_bytes
+from puna.corpus.read_blocks import read_all
 
 __all__ = ["STANDARD_LIBRARY", "Document", "hold_out", "read_documents", "standard_library", "total_bytes"]
 

@@ -14,10 +14,10 @@ from puna.base import objects
 from puna.base.console import PunaError, count, say, status
 from puna.base.files import is_remote, stat
 from puna.base.storage import disk_error, sync_folder, write_atomic
-from puna.data.foreign import CHUNK, document_starts, index_bytes, open_ids, read_index
+from puna.corpus.foreign import CHUNK, document_starts, index_bytes, open_ids, read_index
+from puna.corpus.text_bytes import TextBytes
+from puna.corpus.verify import read_shards
 from puna.data.shards import Manifest, Shard, ShardInfo, read_manifest, token_dtype, write_manifest, write_shard
-from puna.data.text_bytes import TextBytes
-from puna.data.verify import read_shards
 from puna.text.tokenizer import Tokenizer
 
 Format = Literal["auto", "megatron", "nanogpt"]

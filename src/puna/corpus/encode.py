@@ -7,7 +7,7 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from puna.data.documents import Document
+from puna.corpus.documents import Document
 from puna.data.shards import Shard, token_dtype
 from puna.text.tokenizer import Tokenizer
 

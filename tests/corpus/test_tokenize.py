@@ -20,13 +20,14 @@ import pytest
 from puna.__main__ import main
 from puna.base.console import PunaError
 from puna.base.files import list_files, read_file, write_file
-from puna.data import blocks, shards, tokenize, tokenize_job
-from puna.data.blocks import STANDARD_LIBRARY, find_inputs
-from puna.data.documents import Rules
-from puna.data.encode import encode_documents
-from puna.data.read_blocks import read_all
+from puna.corpus import blocks, tokenize, tokenize_job
+from puna.corpus.blocks import STANDARD_LIBRARY, find_inputs
+from puna.corpus.documents import Rules
+from puna.corpus.encode import encode_documents
+from puna.corpus.read_blocks import read_all
+from puna.corpus.tokenize import tokenize_corpus
+from puna.data import shards
 from puna.data.shards import read_manifest
-from puna.data.tokenize import tokenize_corpus
 from puna.text.train_tokenizer import train_bpe
 
 BLOCK = 1 << 16
@@ -187,6 +188,30 @@ def test_duplicates_are_counted(run, tmp_path) -> None:
     )
 
 
+def test_duplicates_among_documents_of_many_blocks(run, tmp_path) -> None:
+    """A copy, one with a change in every part, and one that begins alike and goes on differently."""
+    draw = random.Random(2)
+
+    def lines(count: int) -> list[str]:
+        return [" ".join(f"{draw.getrandbits(40):x}" for _ in range(9)) for _ in range(count)]
+
+    text = lines(2000)
+    edited = [line if i % 100 else "changed" for i, line in enumerate(text)]
+    large = {"a": text, "b": text, "c": edited, "d": text[:700] + lines(1300)}
+    (tmp_path / "in").mkdir()
+    for name, content_lines in large.items():
+        (tmp_path / "in" / f"{name}.txt").write_text("\n".join(content_lines))
+    figures = run(tmp_path / "in", dedup="near")
+    assert (figures["left_out"]["exact duplicates"], figures["left_out"]["near duplicates"]) == (1, 1)
+    files = [json.loads(line) for line in (tmp_path / "out" / "sources.jsonl").read_text().splitlines()]
+    assert [file["documents"] for file in files] == [1, 0, 0, 1]
+    alike = tmp_path / "alike"
+    alike.mkdir()
+    (alike / "a.txt").write_text("\n".join(text))
+    (alike / "b.txt").write_text("\n".join([*text[:-1], "another end"]))
+    assert run(alike, "exact", dedup="exact")["documents"] == 2
+
+
 def test_copies_are_known_whatever_their_tag(run, tmp_path) -> None:
     rows = [{"text": "the same text as before", "url": f"https://{host}.org"} for host in ("a", "longer")]
     (tmp_path / "in.jsonl").write_text("\n".join(map(json.dumps, rows)))
@@ -223,7 +248,7 @@ def test_the_verb(inputs, tokenizer_folder, monkeypatch, capsys, tmp_path) -> No
 
 SCRIPT = """  # slowed down, so that the kill comes before the end
 import sys, time
-from puna.data import blocks, tokenize
+from puna.corpus import blocks, tokenize
 blocks.BLOCK = tokenize.BLOCK = 1 << 16
 blocks.WIDE = 2 << 16
 plain = tokenize.Job.add

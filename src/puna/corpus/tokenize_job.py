@@ -12,13 +12,13 @@ import numpy as np
 
 from puna.base.console import PunaError, count, say
 from puna.base.files import join, write_file
-from puna.data.blocks import Block, Input
-from puna.data.dedup import KeySet, keep_new
-from puna.data.documents import BINARY, BROKEN, EMPTY, INVALID, Note, Refusal, Rules
-from puna.data.encode import Encoded
-from puna.data.encode_blocks import BlockEncoder, BlockTokens, Hashes, select
-from puna.data.journal import SETTINGS, Journal
-from puna.data.read_blocks import placed, refused
+from puna.corpus.blocks import Block, Input
+from puna.corpus.dedup import KeySet, keep_new
+from puna.corpus.documents import BINARY, BROKEN, EMPTY, INVALID, Note, Refusal, Rules
+from puna.corpus.encode import Encoded
+from puna.corpus.encode_blocks import BlockEncoder, BlockTokens, Hashes, select
+from puna.corpus.journal import SETTINGS, Journal
+from puna.corpus.read_blocks import placed, refused
 from puna.data.shards import Manifest, Shard, ShardInfo, token_dtype, write_manifest, write_shard
 from puna.text.tokenizer import Tokenizer
 

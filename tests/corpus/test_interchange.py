@@ -18,14 +18,14 @@ from tokenizers import Tokenizer as Engine
 
 from puna.base.console import PunaError
 from puna.base.files import join, read_file, write_file
-from puna.data import interchange
-from puna.data.documents import Document
-from puna.data.encode import encode_documents
-from puna.data.interchange import export_megatron, export_nanogpt, import_megatron, import_nanogpt, import_tokens
+from puna.corpus import interchange
+from puna.corpus.documents import Document
+from puna.corpus.encode import encode_documents
+from puna.corpus.interchange import export_megatron, export_nanogpt, import_megatron, import_nanogpt, import_tokens
+from puna.corpus.text_bytes import TextBytes
+from puna.corpus.verify import read_shards, verify_shards
 from puna.data.reader import ShardReader
 from puna.data.shards import Manifest, Shard, is_shards, read_manifest, write_manifest, write_shard
-from puna.data.text_bytes import TextBytes
-from puna.data.verify import read_shards, verify_shards
 from puna.text.tokenizer import Settings, Tokenizer
 from shard_folders import write_folder
 

@@ -10,10 +10,10 @@ from collections import Counter
 import pytest
 
 from puna.base.console import PunaError
-from puna.data import blocks, read_blocks
-from puna.data.blocks import find_inputs, find_seam, plan
-from puna.data.documents import BINARY, BROKEN, EMPTY, INVALID, Rules, as_domain, file_kind
-from puna.data.read_blocks import read_all, read_block
+from puna.corpus import blocks, read_blocks
+from puna.corpus.blocks import find_inputs, find_seam, plan
+from puna.corpus.documents import BINARY, BROKEN, EMPTY, INVALID, Rules, as_domain, file_kind
+from puna.corpus.read_blocks import read_all, read_block
 
 pa = pytest.importorskip("pyarrow")
 pq = pytest.importorskip("pyarrow.parquet")

@@ -9,8 +9,8 @@ from dataclasses import replace
 
 from puna.base.console import PunaError
 from puna.base.files import FileInfo, is_remote, read_range
-from puna.data.blocks import SEAM, Block, Input, check_unchanged, find_seam, parquet_columns, plan
-from puna.data.documents import (
+from puna.corpus.blocks import SEAM, Block, Input, check_unchanged, find_seam, parquet_columns, plan
+from puna.corpus.documents import (
     BINARY,
     EMPTY,
     Document,
@@ -24,7 +24,7 @@ from puna.data.documents import (
     file_kind,
     read_text,
 )
-from puna.data.unpack import open_parquet, parquet_rows, unpack_rows, whole_parquet
+from puna.corpus.unpack import open_parquet, parquet_rows, unpack_rows, whole_parquet
 
 
 def read_block(block: Block, rules: Rules) -> Reading:

@@ -4,9 +4,9 @@ from __future__ import annotations
 
 import numpy as np
 
-from puna.data import encode
-from puna.data.documents import Document
-from puna.data.encode import encode_documents
+from puna.corpus import encode
+from puna.corpus.documents import Document
+from puna.corpus.encode import encode_documents
 
 
 def test_ids_offsets_and_bytes(tokenizer) -> None:

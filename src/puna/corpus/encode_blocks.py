@@ -17,11 +17,11 @@ from typing import Literal
 import numpy as np
 
 from puna.base.console import PunaError
-from puna.data.blocks import Block
-from puna.data.dedup import band_keys, exact_keys, minhash
-from puna.data.documents import BINARY, EMPTY, Note, Refusal, Rules
-from puna.data.encode import Encoded, encode_documents, frame
-from puna.data.read_blocks import of_parts, read_block
+from puna.corpus.blocks import Block
+from puna.corpus.dedup import band_keys, exact_keys, minhash
+from puna.corpus.documents import BINARY, EMPTY, Note, Refusal, Rules
+from puna.corpus.encode import Encoded, encode_documents, frame
+from puna.corpus.read_blocks import of_parts, read_block
 from puna.data.shards import Shard
 from puna.text.tokenizer import Tokenizer
 

@@ -21,8 +21,8 @@ from typing import Any
 
 from puna.base.console import PunaError
 from puna.base.files import FileInfo, is_remote, list_files, name_of, open_stream, stat
-from puna.data.documents import Rules, file_kind
-from puna.data.unpack import open_parquet, pack_rows, unpack, whole_parquet
+from puna.corpus.documents import Rules, file_kind
+from puna.corpus.unpack import open_parquet, pack_rows, unpack, whole_parquet
 
 # Names the text that every machine with Python has, wherever a path may stand.
 STANDARD_LIBRARY = "python:stdlib"

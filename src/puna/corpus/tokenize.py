@@ -18,12 +18,12 @@ from typing import Any
 
 from puna.base.console import PunaError, count, duration, progress, say, table
 from puna.base.files import join, read_file
-from puna.data.blocks import BLOCK, Input, find_inputs, plan
-from puna.data.documents import INVALID
-from puna.data.encode_blocks import Crew, Hashes, encode_blocks
-from puna.data.journal import SETTINGS, check_settings, only_writer, remove_journal
+from puna.corpus.blocks import BLOCK, Input, find_inputs, plan
+from puna.corpus.documents import INVALID
+from puna.corpus.encode_blocks import Crew, Hashes, encode_blocks
+from puna.corpus.journal import SETTINGS, check_settings, only_writer, remove_journal
+from puna.corpus.tokenize_job import VALIDATION, Job, Options
 from puna.data.shards import is_shards, read_manifest
-from puna.data.tokenize_job import VALIDATION, Job, Options
 from puna.text.tokenizer import Tokenizer
 
 _FORMAT = 1  # of the blocks and the journal: a job goes on only under the rules it began with
