@@ -21,7 +21,7 @@ def packed(made: Shard, cut, samples: list[int], rules: Rules = PLAIN) -> Batch:
     first = np.searchsorted(pieces.sample, np.arange(len(samples)))
     within = pieces.size.cumsum() - pieces.size
     place = pieces.sample * cut.width + within - within[first][pieces.sample]
-    return pack([Part(made, pieces, place, key=5)], len(samples), cut.width, rules)
+    return pack([Part(made, pieces, place, key=5)], [len(samples)], cut.width, rules)[0]
 
 
 def test_concatenated_documents_are_apart() -> None:

@@ -195,3 +195,15 @@ def test_held_out_windows_are_spread_and_never_repeat(folders) -> None:
     assert len(every) == len(set(every)) == total * T
     assert few[0][0] == 0
     assert few[1][1] > held.reader.manifest.tokens * 0.6
+
+
+@pytest.mark.parametrize("kind", ["concat", "best_fit", "decompose"])
+def test_many_batches_at_once_are_the_same_as_one_by_one(folders, kind) -> None:
+    stream = decomposed(folders[2], 40, 6) if kind == "decompose" else fixed(folders, [2, 1, 1], 1, kind == "best_fit")
+    ranges = [(0, 4), (4, 2), (6, 6), (90, 1), (12, 3)]
+    for whole, (first, count) in zip(stream.batches(ranges), ranges, strict=True):
+        alone = stream.batch(first, count)
+        assert whole.attend == alone.attend
+        assert (whole.valid, whole.padding) == (alone.valid, alone.padding)
+        for name in ("tokens_T", "positions_T", "targets_T"):
+            assert getattr(whole, name).equal(getattr(alone, name))

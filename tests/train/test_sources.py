@@ -47,7 +47,7 @@ def recipe_with(tables: dict[str, Any], **data: Any) -> dict[str, Any]:
 
 
 def ids(trainer: Trainer, steps: range) -> list[int]:
-    return [i for step in steps for batch in trainer.loader.make(step) for i in batch.tokens_T.tolist()]
+    return [i for step in steps for batch in trainer.loader.make(step)[0] for i in batch.tokens_T.tolist()]
 
 
 @pytest.mark.parametrize(
@@ -127,7 +127,7 @@ def test_tags_are_masked_unless_asked_otherwise(web_and_code, tokenizer, tmp_pat
     make(tmp_path / "tagged", tokenizer, 3, tags=True)
     made = recipe_with(web_and_code, shards=[str(tmp_path / "tagged")], packing="best_fit")
     masked, scored = (
-        Trainer(build(Recipe, recipe_with(made, mask_tags=mask))).loader.make(0)[0] for mask in (True, False)
+        Trainer(build(Recipe, recipe_with(made, mask_tags=mask))).loader.make(0)[0][0] for mask in (True, False)
     )
     assert masked.tokens_T.equal(scored.tokens_T)
     starts = int((masked.tokens_T == tokenizer.bos_id).sum())

@@ -13,6 +13,9 @@ from puna.data.gate import StoreGate
 from puna.data.pack import Batch
 from puna.data.stream import Stream, share
 
+# Steps are made several at a time, up to this many tokens: a step of a small model is over sooner than its 16 shards
+# are looked at.
+_TOKENS_AT_ONCE, _STEPS_AT_ONCE = 1 << 16, 16
 # Shards that are fetched, checked and opened at once. Reading one from a bucket uses several connections by itself.
 _FETCHERS = 4
 
@@ -45,7 +48,7 @@ class Loader:
         started = time.perf_counter()
         if self._worker is None or self._worker.next != number:
             self.close()
-            self._worker = _Worker(self.make, self._touch, number, self._ahead)
+            self._worker = _Worker(self.make, self._touch, number, self._ahead, self._at_once())
         try:
             batches = self._worker.take()
         except PunaError as error:
@@ -57,11 +60,20 @@ class Loader:
         self.waited = time.perf_counter() - started
         return batches
 
-    def make(self, number: int) -> list[Batch]:
-        """The micro-batches of any step, made here and now."""
-        first, rows = share(number * self._rows, self._rows, self._rank, self._world)
-        micro = self._micro or rows
-        return [self._stream.batch(first + i, min(micro, rows - i)) for i in range(0, rows, micro)]
+    def make(self, number: int, steps: int = 1) -> list[list[Batch]]:
+        """The micro-batches of any steps, made here and now."""
+        ranges: list[tuple[int, int]] = []
+        for step in range(number, number + steps):
+            first, rows = share(step * self._rows, self._rows, self._rank, self._world)
+            micro = self._micro or rows
+            ranges += [(first + i, min(micro, rows - i)) for i in range(0, rows, micro)]
+        batches = self._stream.batches(ranges)
+        each = len(batches) // steps
+        return [batches[i * each : (i + 1) * each] for i in range(steps)]
+
+    def _at_once(self) -> int:
+        tokens = self._rows // self._world * self._stream.width
+        return max(1, min(_STEPS_AT_ONCE, _TOKENS_AT_ONCE // tokens))
 
     def _touch(self, number: int, pool: ThreadPoolExecutor, seen: dict[tuple[int, int], None]) -> None:
         """Have the shards opened that come next. What goes wrong there is said when the shard is really needed."""
@@ -81,16 +93,17 @@ class Loader:
 
 
 class _Worker:
-    """The thread behind a loader: `make(n)` for n = first, first + 1, ... into a queue of `ahead` places."""
+    """The thread behind a loader: the steps from `first` on into a queue of `ahead` places, `most` made at a time."""
 
     def __init__(
         self,
-        make: Callable[[int], list[Batch]],
+        make: Callable[[int, int], list[list[Batch]]],
         touch: Callable[[int, ThreadPoolExecutor, dict[tuple[int, int], None]], None],
         first: int,
         ahead: int,
+        most: int,
     ):
-        self.next = first
+        self.next, self._most = first, most
         self._ready: queue.Queue[list[Batch] | BaseException] = queue.Queue(ahead)
         self._stopped = threading.Event()
         self._make, self._touch = make, touch
@@ -116,11 +129,14 @@ class _Worker:
     def _run(self, number: int) -> None:
         seen: dict[tuple[int, int], None] = {}
         pool = ThreadPoolExecutor(_FETCHERS, thread_name_prefix="puna-shards")
+        steps = 1
         try:
             while not self._stopped.is_set():
                 self._touch(number, pool, seen)
-                self._ready.put(self._make(number))
-                number += 1
+                for batches in self._make(number, steps):
+                    self._ready.put(batches)
+                number += steps
+                steps = min(2 * steps, self._most)  # the first is wanted now
         except BaseException as error:
             self._ready.put(error)
         finally:

@@ -69,35 +69,41 @@ class Rules:
     middle: FillInTheMiddle | None = None
 
 
-def pack(parts: Sequence[Part], samples: int, width: int, rules: Rules) -> Batch:
-    """`samples` times `width` positions. A document's last token has no target: what follows is a stranger's.
+def pack(parts: Sequence[Part], samples: Sequence[int], width: int, rules: Rules) -> list[Batch]:
+    """Batches of `samples` times `width` positions each, made in one go: small ones cost most per shard they touch.
 
-    A piece that ends inside its document has one, the token after it, so every token but a document's first is scored
-    once.
+    A document's last token has no target: what follows is a stranger's. A piece that ends inside its document has one,
+    the token after it, so every token but a document's first is scored once.
     """
-    total = samples * width
+    ends = np.cumsum([0, *samples]) * width
     place, size = _in_order(parts)
-    padding = total - int(size.sum())
-    out = _arrays(total, rules.pad_id, whole=not padding)
-    scored = _fill(parts, out, native.available())
+    out = _arrays(int(ends[-1]), rules.pad_id, whole=int(size.sum()) == ends[-1])
+    _fill(parts, out, native.available())
     if rules.middle is not None:
         for part in parts:
             for number in np.flatnonzero(part.pieces.middle).tolist():
                 _fill_middle(part, number, out, rules, rules.middle)
-    lengths = _runs(place, size, total) if padding else size
-    if rules.cross:
-        lengths = _cross(out, place, size, samples, width)
+    runs = _cross(out, place, size, sum(samples), width) if rules.cross else _runs(place, size, int(ends[-1]))
     for part in parts if rules.mask_tags else ():
         _mask_tags(part, out.targets, rules)
-    if rules.cross or rules.mask_tags or rules.middle is not None:
-        scored = int(np.count_nonzero(out.targets != IGNORE))
+    used = np.concatenate(([0], size.cumsum()))[np.searchsorted(place, ends)]
+    cuts = np.searchsorted(runs, ends)
+    return [
+        _cut(out, slice(*ends[i : i + 2].tolist()), runs[cuts[i] : cuts[i + 1] + 1], int(used[i + 1] - used[i]))
+        for i in range(len(samples))
+    ]
+
+
+def _cut(out: _Arrays, here: slice, runs: np.ndarray, used: int) -> Batch:
+    """One batch out of the arrays; `runs` are the edges of its runs, `used` its positions that hold a token."""
+    targets = out.targets[here]
     return Batch(
-        tokens_T=torch.from_numpy(out.tokens),
-        positions_T=torch.from_numpy(out.positions),
-        targets_T=torch.from_numpy(out.targets),
-        attend=PackedCausal.of(lengths),
-        valid=scored,
-        padding=padding,
+        tokens_T=torch.from_numpy(out.tokens[here]),
+        positions_T=torch.from_numpy(out.positions[here]),
+        targets_T=torch.from_numpy(targets),
+        attend=PackedCausal.of(np.diff(runs)),
+        valid=int(np.count_nonzero(targets != IGNORE)),
+        padding=len(targets) - used,
     )
 
 
@@ -116,8 +122,8 @@ def _arrays(total: int, pad_id: int, whole: bool) -> _Arrays:
     return _Arrays(np.full(total, pad_id, np.int64), np.full(total, IGNORE, np.int64), np.zeros(total, np.int64))
 
 
-def _fill(parts: Sequence[Part], out: _Arrays, fast: bool) -> int:
-    """All pieces but the rearranged ones: tokens, targets one place earlier, positions from 0. Returns the targets."""
+def _fill(parts: Sequence[Part], out: _Arrays, fast: bool) -> None:
+    """All pieces but the rearranged ones: tokens, targets one place earlier, positions from 0."""
     plain = [_plain(part) for part in parts]
     if fast:
         bases = [part.shard.tokens.ctypes.data for part in parts]
@@ -128,7 +134,6 @@ def _fill(parts: Sequence[Part], out: _Arrays, fast: bool) -> int:
     else:
         for part, pieces in zip(parts, plain, strict=True):
             _fill_twin(part.shard.tokens, pieces, out)
-    return sum(int(pieces.length.sum() - np.count_nonzero(pieces.ends)) for pieces in plain)
 
 
 class _Plain(NamedTuple):
@@ -188,14 +193,16 @@ def _in_order(parts: Sequence[Part]) -> tuple[np.ndarray, np.ndarray]:
 
 
 def _runs(place: np.ndarray, size: np.ndarray, total: int) -> np.ndarray:
-    """Length of each run that sees only itself: a piece, or the padding between two."""
-    return np.diff(np.unique(np.concatenate((place, place + size, [0, total]))))
+    """Edges of the runs that see only themselves: a piece, or the padding between two. (runs + 1,), from 0 to total."""
+    if size.sum() == total:
+        return np.append(place, total)
+    return np.unique(np.concatenate((place, place + size, [0, total])))
 
 
 def _cross(out: _Arrays, place: np.ndarray, size: np.ndarray, samples: int, width: int) -> np.ndarray:
     """Make all pieces of a sample one run, and the end of a document predict the beginning of the next.
 
-    Returns the length of each run; a sample's padding stays one of its own.
+    Returns the edges of the runs; a sample's padding stays one of its own.
     """
     begin = np.arange(samples) * width
     used = np.bincount(place // width, weights=size, minlength=samples).astype(np.int64)

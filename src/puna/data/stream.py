@@ -85,36 +85,41 @@ class Stream:
 
     def batch(self, first: int, count: int) -> Batch:
         """Rows first .. first + count - 1 of the endless global sequence."""
+        return self.batches([(first, count)])[0]
+
+    def batches(self, ranges: Sequence[tuple[int, int]]) -> list[Batch]:
+        """A batch for each (first row, rows). Many small ones at once cost little more than one of them alone."""
         parts: list[Part] = []
-        for width, samples, place in self._samples(first, count):
+        for width, (samples, place) in self._samples(ranges).items():
             sources, within = self.mixtures[width].split(samples)
             for source in np.unique(sources).tolist():
                 lane = self.lanes[width][source]
                 assert lane is not None
                 here = sources == source
                 parts += lane.parts(within[here], place[here])
-        return pack(parts, count, self.width, self.rules)
+        return pack(parts, [count for _, count in ranges], self.width, self.rules)
 
-    def _samples(self, first: int, count: int) -> Iterator[tuple[int, np.ndarray, np.ndarray]]:
-        """(sample width, numbers of the samples of that width, their places in the batch) for a range of rows."""
+    def _samples(self, ranges: Sequence[tuple[int, int]]) -> dict[int, tuple[np.ndarray, np.ndarray]]:
+        """For each sample width, over ranges of rows end to end: the numbers of its samples, and their places."""
+        rows = np.concatenate([np.arange(first, first + count) for first, count in ranges])
         if self.curriculum is None:
-            rows = np.arange(count)
-            yield self.width, first + rows, rows * self.width
-            return
-        done = 0
-        while done < count:
-            step, row = divmod(first + done, self.curriculum.rows_per_step)
-            rows_here = min(count - done, self.curriculum.rows_per_step - row)
-            k, earlier = self.curriculum.place(step)
-            width, per_row = 1 << k, self.width >> k
-            begin = (earlier * self.curriculum.rows_per_step + row) * per_row
-            samples = np.arange(rows_here * per_row)
-            yield width, begin + samples, done * self.width + samples * width
-            done += rows_here
+            return {self.width: (rows, np.arange(len(rows)) * self.width)}
+        steps, row = np.divmod(rows, self.curriculum.rows_per_step)
+        asked, back = np.unique(steps, return_inverse=True)
+        k, earlier = np.array([self.curriculum.place(step) for step in asked.tolist()]).T[:, back]
+        found = {}
+        for bucket in np.unique(k).tolist():
+            here = np.flatnonzero(k == bucket)
+            per_row = self.width >> bucket
+            begin = (earlier[here] * self.curriculum.rows_per_step + row[here]) * per_row
+            within = np.arange(per_row)
+            samples = (begin[:, None] + within).reshape(-1)
+            found[1 << bucket] = samples, (here[:, None] * self.width + (within << bucket)).reshape(-1)
+        return found
 
     def upcoming(self, first: int) -> Iterator[tuple[Lane, int]]:
         """(lane, shard) of what the rows from `first` on will need, nearest first: what to fetch ahead."""
-        for width, samples, _ in self._samples(first, 1):
+        for width, (samples, _) in self._samples([(first, 1)]).items():
             before = self.mixtures[width].counts(int(samples[0]))
             for lane, index in zip(self.lanes[width], before.tolist(), strict=True):
                 if lane is not None:
@@ -193,7 +198,7 @@ class Held:
             pieces = plan.pieces(samples[here])
             within = pieces.offset - (samples[here] * width)[pieces.sample]
             parts.append(Part(shard, pieces, place[here][pieces.sample] + within))
-        return pack(parts, len(shards), width, self.rules)
+        return pack(parts, [len(shards)], width, self.rules)[0]
 
     def bytes_per_token(self) -> float:
         """Bytes of text per scored token of the whole source: turns nats per token into bits per byte."""

@@ -129,7 +129,7 @@ class Trainer:
         for repeat in range(repeats + 1):
             if repeat == 1:
                 started = time.perf_counter()
-            for batch in self.loader.make(self.step_done):
+            for batch in self.loader.make(self.step_done)[0]:
                 (self.loss(batch.to(self.device))[0] / max(1, batch.valid)).backward()
             self.optimizer.zero_grad()
         return (time.perf_counter() - started) / repeats
