@@ -37,7 +37,8 @@ def last_json(out: str) -> dict:
 def test_help_names_every_verb(puna) -> None:
     code, out, _ = puna("--help")
     assert code == 0
-    for verb in ("quickstart", "tokenizer train", "train", "generate", "chat", "info"):
+    for verb in ("quickstart", "tokenizer train", "tokenize", "shards import", "shards export", "shards verify", "train",
+                 "generate", "chat", "info"):  # fmt: skip
         assert f"puna {verb}" in out
         code, text, err = puna(*verb.split(), "--help")
         assert code == 0
