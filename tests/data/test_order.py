@@ -17,6 +17,9 @@ def test_an_epoch_shows_every_sample_once_and_the_next_in_another_order() -> Non
     first, second = pairs(order, 0, 57), pairs(order, 57, 57)
     assert sorted(first) == sorted(second) == every
     assert first != second
+    one = Order([50], key=1)
+    assert sorted(pairs(one, 0, 50)) == sorted(pairs(one, 50, 50))
+    assert pairs(one, 0, 50) != pairs(one, 50, 50)
     assert order.locate(np.array([0, 56, 57]))[0].tolist() == [0, 0, 1]
 
 

@@ -116,6 +116,8 @@ def test_fill_in_the_middle_loses_nothing() -> None:
             assert target[place] == ids[place + 1]
     for begin in (1, 41, 53, 353, 360):
         assert position[ids.index(begin)] == 0  # bos stays in front
+    for last in (40, 52, 352, 359, 414):
+        assert (position[ids.index(last) + 1 :] or [0])[0] == 0  # and eos last
 
 
 def test_fill_in_the_middle_tells_both_orders() -> None:

@@ -8,8 +8,9 @@ import numpy as np
 import pytest
 
 from puna.base.console import PunaError
-from puna.data.cut import BestFit, Bucket, Concat
+from puna.data.cut import BestFit, Bucket, Concat, FillInTheMiddle
 from puna.data.decompose import bucket_counts
+from puna.data.fim import FimTokens
 from puna.data.mixture import Mixture
 from puna.data.pack import Rules
 from puna.data.permute import keyed
@@ -207,3 +208,19 @@ def test_many_batches_at_once_are_the_same_as_one_by_one(folders, kind) -> None:
         assert (whole.valid, whole.padding) == (alone.valid, alone.padding)
         for name in ("tokens_T", "positions_T", "targets_T"):
             assert getattr(whole, name).equal(getattr(alone, name))
+
+
+def test_middles_are_cut_elsewhere_in_the_next_epoch(folders) -> None:
+    middle = FillInTheMiddle(FimTokens(9_000_001, 9_000_002, 9_000_003), spm_rate=0.5)
+    made = lane(open_folder(folders[0]), BestFit(T, fim_rate=1.0, key=1), 5)
+    stream = Stream({T: [made]}, {T: Mixture([(0, [1.0])])}, Rules(pad_id=PAD, middle=middle))
+    total = made.order.total
+    first, again, second = (
+        {tuple(row) for row in stream.batch(start, total).tokens_T.view(total, T).tolist()} for start in (0, 0, total)
+    )
+    assert first == again
+    assert len(first & second) < 0.2 * total
+    for rows in (first, second):
+        assert sorted(i for row in rows for i in row if i < 9_000_000) == sorted(
+            int(i) for n in range(4) for i in made.reader.shard(n).tokens
+        )
