@@ -10,6 +10,7 @@ import pytest
 
 from puna.base.config import build
 from puna.base.console import PunaError
+from puna.data.decompose import kept_tokens
 from puna.data.shards import Shard
 from puna.text.tokenizer import Tokenizer
 from puna.train.loop import Trainer, train
@@ -19,12 +20,14 @@ from puna.train.sources import open_sources
 from shard_folders import upload, write_folder
 
 
-def make(folder: Path, tokenizer: Tokenizer, seed: int, shards: int = 2, tags: bool = False) -> Path:
+def make(
+    folder: Path, tokenizer: Tokenizer, seed: int, shards: int = 2, tags: bool = False, longest: int = 120
+) -> Path:
     """Documents `bos ids eos` of a sequence a model can learn: each id is the one before plus a step."""
     draw, made = np.random.default_rng(seed), []
     for _ in range(shards):
         rows = []
-        for length in draw.integers(8, 120, 60):
+        for length in draw.integers(8, longest, 60):
             ids = 10 + (draw.integers(0, 300) + (seed + 1) * np.arange(length)) % 300
             rows.append(np.concatenate(([tokenizer.bos_id], ids, tokenizer.eos_ids[:1])).astype(np.uint16))
         starts = np.concatenate(([0], np.cumsum([len(row) for row in rows]))).astype(np.int64)
@@ -72,6 +75,31 @@ def test_a_run_over_two_sources_learns_both(web_and_code, packing, capsys) -> No
     shown = capsys.readouterr().err
     assert "web: " in shown
     assert "held out  web" in shown
+
+
+def test_decomposed_sources_keep_their_weights_whatever_their_lengths(web_and_code, tokenizer, tmp_path) -> None:
+    """One source of long documents, one of short ones, 0.6 to 0.4 of all tokens and within each length as it comes."""
+    make(tmp_path / "short", tokenizer, 6, longest=24)
+    shards = [str(tmp_path / "web"), str(tmp_path / "short")]
+    made = recipe_with(web_and_code, shards=shards, weights=[0.6, 0.4], packing="decompose", shortest=8)
+    recipe = build(Recipe, made, {"train.steps": 400})
+    sources = open_sources(recipe, Tokenizer.load(recipe.data.tokenizer))
+    kept = [
+        sum(kept_tokens(info.bits, recipe.data.seq_len, 8) for info in reader.manifest.shards)
+        for reader in sources.readers
+    ]
+    tokens = [epochs * n for epochs, n in zip(sources.epochs(400).values(), kept, strict=True)]
+    assert sum(tokens) == pytest.approx(400 * 4 * 32)
+    assert tokens[0] / sum(tokens) == pytest.approx(0.6, abs=0.005)
+
+
+def test_validation_looks_at_as_many_tokens_as_it_may(web_and_code) -> None:
+    trainer = Trainer(build(Recipe, web_and_code, {"validation.max_tokens": 1024}))
+    seen: list[int] = []
+    real = trainer.loss
+    trainer.loss = lambda batch: seen.append(len(batch.tokens_T)) or real(batch)  # type: ignore[method-assign]
+    trainer.validate()
+    assert sum(seen) == 1024
 
 
 def test_nothing_held_out_is_said_and_no_error(web_and_code, tokenizer, tmp_path, capsys) -> None:
