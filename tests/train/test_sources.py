@@ -91,6 +91,12 @@ def test_decomposed_sources_keep_their_weights_whatever_their_lengths(web_and_co
     tokens = [epochs * n for epochs, n in zip(sources.epochs(400).values(), kept, strict=True)]
     assert sum(tokens) == pytest.approx(400 * 4 * 32)
     assert tokens[0] / sum(tokens) == pytest.approx(0.6, abs=0.005)
+    stream = sources.stream
+    for number, epochs in enumerate(sources.epochs(400).values()):  # all lengths of a source are gone through alike
+        for width, lanes in stream.lanes.items():
+            if lane := lanes[number]:
+                served = stream.mixtures[width].counts(stream._served(width, 1600))[number]
+                assert served / lane.order.total == pytest.approx(epochs, rel=0.1)
 
 
 def test_validation_looks_at_as_many_tokens_as_it_may(web_and_code) -> None:
