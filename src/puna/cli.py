@@ -79,7 +79,21 @@ def _call(verb: str, arguments: list[str]) -> None:
     if verb == "train":  # its options are the recipe's keys
         train(arguments)
     else:
+        arguments = _gather_keys(arguments) if verb == "plan" else arguments
         tyro.cli(VERBS[verb], prog=f"puna {verb}", args=arguments, config=(tyro.conf.FlagCreatePairsOff,))
+
+
+def _gather_keys(arguments: list[str]) -> list[str]:
+    """--section.key value (or =value) anywhere -> one `--set section.key value ...` at the end."""
+    rest, keys = [], []
+    words = iter(arguments)
+    for word in words:
+        if word.startswith("--") and "." in word.partition("=")[0]:
+            key, equals, value = word[2:].partition("=")
+            keys += [key, value if equals else next(words, "")]
+        else:
+            rest.append(word)
+    return [*rest, "--set", *keys] if keys else rest
 
 
 def _overview() -> str:
@@ -255,6 +269,36 @@ def train(arguments: list[str]) -> None:
     _answer(run_training(words[0], parse_overrides(words[1:])), json)
 
 
+def plan(
+    recipe: Annotated[str, tyro.conf.arg(metavar="RECIPE.toml")], /, gpus: int = 0, gpu: str = "h100",
+    tokens: float = 0.0, price: float = 0.0, storage: float = 2.0, search: bool = False, picture: str = "",
+    set: Annotated[tuple[str, ...], tyro.conf.arg(metavar="KEY VALUE")] = (), json: bool = False,
+) -> None:  # fmt: skip
+    """Say what a recipe needs on GPUs, how fast it runs, what it costs and what to change; starts nothing.
+
+    Any key of the recipe can be changed as in training: --parallel.tp 8 --train.activation_checkpointing full.
+
+    Args:
+        recipe: A training recipe.
+        gpus: How many; 0: the product of the recipe's degrees.
+        gpu: h100, h100-500w, h200, a100-80, b200 or mi300x.
+        tokens: Tokens to train on, such as 15e12; 0: the recipe's steps.
+        price: Dollars per GPU and hour.
+        storage: Rate at which a node writes checkpoints, in GB/s.
+        search: Propose the fastest meshes that fit, over all ways to cut this many GPUs.
+        picture: File for the pipeline schedule and memory per rank (.png, .svg).
+        set: Keys of the recipe; --section.key value is the same.
+        json: Print one JSON object as the last line of stdout.
+    """
+    from puna.serve.plan import Budget, make_plan, print_plan
+
+    changed = parse_overrides([f"--{key}={value}" for key, value in zip(set[::2], set[1::2], strict=True)])
+    report = make_plan(recipe, changed, gpus, gpu, Budget(tokens, price, storage), search, picture)
+    if not json:
+        print_plan(report)
+    _answer(report, json)
+
+
 def generate(
     model: Model,
     /,
@@ -332,6 +376,7 @@ VERBS: dict[str, Callable[..., None]] = {
     "shards export": shards_export,
     "shards verify": shards_verify,
     "train": train,
+    "plan": plan,
     "generate": generate,
     "chat": chat,
     "info": info,

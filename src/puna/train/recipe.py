@@ -76,6 +76,30 @@ class TrainSection:
     dtype: str = knob("float32", "arithmetic: float32, bfloat16 or float16 (loss-scaled); weights stay float32")
     device: str = knob("auto", "auto, cpu or cuda")
     log_every: int = knob(1, "steps between printed lines; every step is in metrics.jsonl")
+    activation_checkpointing: str = knob(
+        "none", "none, selective (every second product is kept) or full (block inputs)"
+    )
+    compile: bool = knob(False, "torch.compile every block")
+    float8: bool = knob(False, "matrix products of the blocks in float8 (tensorwise scales)")
+
+
+@dataclass(frozen=True)
+class ParallelSection:
+    """How the job is cut over ranks; their product is the number of ranks."""
+
+    dp_replicate: int = knob(1, "copies of the weights, each trained on its own sequences (DDP, HSDP)")
+    dp_shard: int = knob(0, "ranks that share one copy (FSDP); 0: all ranks that are left")
+    tp: int = knob(1, "ranks that share every matrix product; keep it within a node")
+    pp: int = knob(1, "pipeline ranks, each with a part of the layers")
+    cp: int = knob(1, "ranks that share a sequence")
+    zero: int = knob(3, "what FSDP cuts: 1 optimizer state, 2 and gradients, 3 and weights")
+    cpu_offload: bool = knob(False, "weights, gradients and optimizer state in the host's memory")
+    sequence_parallel: bool = knob(True, "under tp, norms and residuals are cut along the sequence")
+    pp_schedule: str = knob("1f1b", "gpipe, 1f1b, interleaved, zbv or dualpipev")
+    pp_microbatches: int = knob(0, "microbatches of a rank's batch; 0: by micro_batch_size, else at least 2 x pp")
+    pp_stages_per_rank: int = knob(0, "stages of a pipeline rank; 0: 1, or 2 for interleaved, zbv and dualpipev")
+    cp_method: str = knob("allgather", "how cp ranks meet: allgather (keys and values), ulysses (heads) or ring")
+    backend: str = knob("", "of torch.distributed: nccl or gloo; empty: by the device")
 
 
 @dataclass(frozen=True)
@@ -106,5 +130,6 @@ class Recipe:
     data: DataSection = field(default_factory=DataSection)
     optim: OptimSection = field(default_factory=OptimSection)
     train: TrainSection = field(default_factory=TrainSection)
+    parallel: ParallelSection = field(default_factory=ParallelSection)
     checkpoint: CheckpointSection = field(default_factory=CheckpointSection)
     validation: ValidationSection = field(default_factory=ValidationSection)

@@ -64,6 +64,20 @@ def check_recipe(recipe: Recipe) -> None:
             raise PunaError(f"{key} is {value}", f"use --{key} 1 or more")
     if train.micro_batch_size < 0:
         raise PunaError(f"train.micro_batch_size is {train.micro_batch_size}", "use 0 (all of batch_size) or more")
+    _refuse_unbuilt(recipe)
+
+
+def _refuse_unbuilt(recipe: Recipe) -> None:
+    """Settings that only `puna plan` knows so far: training on would silently do something else."""
+    parallel, train = recipe.parallel, recipe.train
+    degrees = {f"parallel.{name}": getattr(parallel, name) for name in ("dp_replicate", "dp_shard", "tp", "pp", "cp")}
+    asked = [f"{key} {value}" for key, value in degrees.items() if value > 1]
+    asked += [f"train.{name}" for name in ("compile", "float8") if getattr(train, name)]
+    asked += ["parallel.cpu_offload"] if parallel.cpu_offload else []
+    if train.activation_checkpointing != "none":
+        asked.append(f"train.activation_checkpointing {train.activation_checkpointing}")
+    if asked:
+        raise PunaError(f"{', '.join(asked)} is not built yet", "`puna plan` can already tell what it costs")
 
 
 def check_resume(state: dict[str, Any], now: dict[str, Any], save: Path) -> None:
