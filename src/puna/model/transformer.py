@@ -6,6 +6,8 @@ Shapes: T tokens, D model width, V vocabulary.
 
 from __future__ import annotations
 
+from collections.abc import Callable
+
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
@@ -54,7 +56,13 @@ class Transformer(nn.Module):
     Build it on any device: `with torch.device("meta"): Transformer(spec)` costs nothing. Weights are uninitialised
     until `init_weights` or a loader fills them. Rope frequencies are made on first use, on the device of the
     positions, so `to_empty` has no buffer to spoil.
+
+    `look_up` (rows of the embedding) and `score` (logits from the head) are seams: tensor parallelism, which cuts both
+    by words, sets its own on the instance.
     """
+
+    look_up: Callable[[Tensor, Tensor], Tensor] = staticmethod(F.embedding)
+    score: Callable[[Tensor, Tensor], Tensor] = staticmethod(ops.linear)
 
     def __init__(self, spec: Spec):
         super().__init__()
@@ -68,7 +76,7 @@ class Transformer(nn.Module):
 
     def forward(self, tokens_T: Tensor, positions_T: Tensor, attend: Attend) -> Tensor:
         """Hidden states after the last norm (T, D). Positions restart at 0 in every document."""
-        x_TD = F.embedding(tokens_T, self.embed)
+        x_TD = self.look_up(tokens_T, self.embed)
         inv_freq = self._inverse_frequencies(positions_T.device, attend.max_len)
         cos, sin = cos_sin(positions_T, inv_freq, self._rope_scale, x_TD.dtype)
         for block in self.layers:
@@ -77,7 +85,7 @@ class Transformer(nn.Module):
 
     def logits(self, hidden_TD: Tensor) -> Tensor:
         """Scores over the vocabulary (T, V)."""
-        return ops.linear(hidden_TD, self.head_weight)
+        return self.score(hidden_TD, self.head_weight)
 
     @property
     def head_weight(self) -> Tensor:
@@ -89,16 +97,19 @@ class Transformer(nn.Module):
 
         Source of the residual scaling: Radford et al. 2019 (GPT-2), section 2.3.
         """
-        std = self.spec.initializer_range
         for name, parameter in self.named_parameters():
-            if name.endswith("norm.weight"):
-                nn.init.ones_(parameter)
-            elif name.endswith("bias"):
-                nn.init.zeros_(parameter)
-            else:
-                residual = name.endswith(("o_proj.weight", "down_proj.weight"))
-                scale = (2 * self.spec.num_hidden_layers) ** -0.5 if residual else 1.0
-                nn.init.normal_(parameter, std=std * scale, generator=generator)
+            self.init_parameter(name, parameter, generator)
+
+    def init_parameter(self, name: str, parameter: Tensor, generator: torch.Generator | None = None) -> None:
+        """One parameter of `init_weights`; called in the order of `named_parameters` it gives the same numbers."""
+        if name.endswith("norm.weight"):
+            nn.init.ones_(parameter)
+        elif name.endswith("bias"):
+            nn.init.zeros_(parameter)
+        else:
+            residual = name.endswith(("o_proj.weight", "down_proj.weight"))
+            scale = (2 * self.spec.num_hidden_layers) ** -0.5 if residual else 1.0
+            nn.init.normal_(parameter, std=self.spec.initializer_range * scale, generator=generator)
 
     def _inverse_frequencies(self, device: torch.device, max_len: int) -> Tensor:
         key = (device, max_len if self.spec.rope.rope_type == "dynamic" else 0)
