@@ -7,6 +7,7 @@ in one run; the shards are random ids in documents of log-normal length (median 
 from __future__ import annotations
 
 import argparse
+import gc
 import json
 import logging
 import os
@@ -208,7 +209,9 @@ def main() -> None:
     chosen = parser.parse_args()
     if chosen.worker:
         return run_worker(*chosen.worker)
-    keep_freed_memory()
+    keep_freed_memory()  # this and the next as the trainer does
+    gc.collect()
+    gc.freeze()
     with tempfile.TemporaryDirectory() as folder:
         root = Path(folder)
         make_shards(root / "local", 16)

@@ -1,12 +1,12 @@
 from __future__ import annotations
 
-import socket
 import subprocess
 import sys
 import threading
 from pathlib import Path
 
 import pytest
+from torch.distributed import TCPStore
 
 from puna.base.console import PunaError
 from puna.data.cut import Concat
@@ -109,13 +109,11 @@ def test_a_rank_without_data_stops_the_others_with_the_reason(tmp_path) -> None:
 
 
 def _launch(script: Path, folder: Path, mode: str) -> list[int]:
+    store = TCPStore("127.0.0.1", 0, is_master=True, wait_for_workers=False)  # as torchrun's agent holds it
     ranks = []
-    with socket.socket() as free:
-        free.bind(("127.0.0.1", 0))
-        port = free.getsockname()[1]
     for rank in range(2):
         with open(folder / f"log-{rank}", "w") as log:
-            command = [sys.executable, str(script), str(rank), str(port), mode]
+            command = [sys.executable, str(script), str(rank), str(store.port), mode]
             ranks.append(subprocess.Popen(command, stdout=log, stderr=log))
     try:
         return [process.wait(120) for process in ranks]
@@ -125,7 +123,7 @@ def _launch(script: Path, folder: Path, mode: str) -> list[int]:
 
 
 RANK = '''
-import sys, threading
+import os, sys, threading
 from datetime import timedelta
 import torch
 import torch.distributed as dist
@@ -134,7 +132,7 @@ from puna.data.gate import StoreGate
 from puna.data.loader import Loader
 
 rank, port, mode = int(sys.argv[1]), int(sys.argv[2]), sys.argv[3]
-store = dist.TCPStore("127.0.0.1", port, 2, is_master=rank == 0, timeout=timedelta(seconds=60))
+store = dist.TCPStore("127.0.0.1", port, is_master=False, timeout=timedelta(seconds=60))
 dist.init_process_group("gloo", store=store, rank=rank, world_size=2, timeout=timedelta(seconds=2))
 
 class Toy:
@@ -159,5 +157,6 @@ try:
         assert batch.item() == 4 * step + 1, batch
 except PunaError as error:
     print(error.message, flush=True)
-    sys.exit(2)
+    os._exit(2)  # as it is: tearing down a group whose other ranks have gone may abort
+dist.destroy_process_group()
 '''

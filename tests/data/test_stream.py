@@ -206,6 +206,8 @@ def test_many_batches_at_once_are_the_same_as_one_by_one(folders, kind) -> None:
         alone = stream.batch(first, count)
         assert whole.attend == alone.attend
         assert (whole.valid, whole.padding) == (alone.valid, alone.padding)
+        assert whole.valid == int((whole.targets_T != IGNORE).sum())
+        assert whole.padding == int((whole.tokens_T == PAD).sum())
         for name in ("tokens_T", "positions_T", "targets_T"):
             assert getattr(whole, name).equal(getattr(alone, name))
 

@@ -78,7 +78,7 @@ def pack(parts: Sequence[Part], samples: Sequence[int], width: int, rules: Rules
     ends = np.cumsum([0, *samples]) * width
     place, size = _in_order(parts)
     out = _arrays(int(ends[-1]), rules.pad_id, whole=int(size.sum()) == ends[-1])
-    _fill(parts, out, native.available())
+    unscored = _fill(parts, out, native.available())
     if rules.middle is not None:
         for part in parts:
             for number in np.flatnonzero(part.pieces.middle).tolist():
@@ -86,24 +86,28 @@ def pack(parts: Sequence[Part], samples: Sequence[int], width: int, rules: Rules
     runs = _cross(out, place, size, sum(samples), width) if rules.cross else _runs(place, size, int(ends[-1]))
     for part in parts if rules.mask_tags else ():
         _mask_tags(part, out.targets, rules)
-    used = np.concatenate(([0], size.cumsum()))[np.searchsorted(place, ends)]
+    used = np.concatenate(([0], size.cumsum()))[np.searchsorted(place, ends)]  # positions that hold a token
+    padding = np.diff(ends) - np.diff(used)
+    if rules.cross or rules.mask_tags or rules.middle is not None:
+        unscored = np.flatnonzero(out.targets == IGNORE)
+        used = ends
+    valid = np.diff(used) - np.diff(np.searchsorted(unscored, ends))
     cuts = np.searchsorted(runs, ends)
     return [
-        _cut(out, slice(*ends[i : i + 2].tolist()), runs[cuts[i] : cuts[i + 1] + 1], int(used[i + 1] - used[i]))
+        _cut(out, slice(*ends[i : i + 2].tolist()), runs[cuts[i] : cuts[i + 1] + 1], int(valid[i]), int(padding[i]))
         for i in range(len(samples))
     ]
 
 
-def _cut(out: _Arrays, here: slice, runs: np.ndarray, used: int) -> Batch:
-    """One batch out of the arrays; `runs` are the edges of its runs, `used` its positions that hold a token."""
-    targets = out.targets[here]
+def _cut(out: _Arrays, here: slice, runs: np.ndarray, valid: int, padding: int) -> Batch:
+    """One batch out of the arrays; `runs` are the edges of its runs."""
     return Batch(
         tokens_T=torch.from_numpy(out.tokens[here]),
         positions_T=torch.from_numpy(out.positions[here]),
-        targets_T=torch.from_numpy(targets),
+        targets_T=torch.from_numpy(out.targets[here]),
         attend=PackedCausal.of(np.diff(runs)),
-        valid=int(np.count_nonzero(targets != IGNORE)),
-        padding=len(targets) - used,
+        valid=valid,
+        padding=padding,
     )
 
 
@@ -122,8 +126,11 @@ def _arrays(total: int, pad_id: int, whole: bool) -> _Arrays:
     return _Arrays(np.full(total, pad_id, np.int64), np.full(total, IGNORE, np.int64), np.zeros(total, np.int64))
 
 
-def _fill(parts: Sequence[Part], out: _Arrays, fast: bool) -> None:
-    """All pieces but the rearranged ones: tokens, targets one place earlier, positions from 0."""
+def _fill(parts: Sequence[Part], out: _Arrays, fast: bool) -> np.ndarray:
+    """All pieces but the rearranged ones: tokens, targets one place earlier, positions from 0.
+
+    Returns the places where a document ends, ascending: the tokens without a target.
+    """
     plain = [_plain(part) for part in parts]
     if fast:
         bases = [part.shard.tokens.ctypes.data for part in parts]
@@ -134,6 +141,7 @@ def _fill(parts: Sequence[Part], out: _Arrays, fast: bool) -> None:
     else:
         for part, pieces in zip(parts, plain, strict=True):
             _fill_twin(part.shard.tokens, pieces, out)
+    return np.sort(np.concatenate([(p.place + p.length - 1)[p.ends] for p in plain]))
 
 
 class _Plain(NamedTuple):

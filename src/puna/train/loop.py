@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 import math
 import os
 import signal
@@ -64,9 +65,12 @@ class Trainer:
             raise disk_error(error, self.run_folder) from error
         finally:
             self.loader.close()
+            gc.unfreeze()
 
     def _run(self) -> dict[str, Any]:
         self._print_card()
+        gc.collect()
+        gc.freeze()  # what is here stays: the collector need not walk through all of torch again and again
         with _Interrupt() as interrupt:
             while self.step_done < self.recipe.train.steps and not interrupt.seen:
                 self._one_step()
