@@ -38,7 +38,7 @@ def test_help_names_every_verb(puna) -> None:
     code, out, _ = puna("--help")
     assert code == 0
     for verb in ("quickstart", "tokenizer train", "tokenize", "shards import", "shards export", "shards verify", "train",
-                 "generate", "chat", "info"):  # fmt: skip
+                 "plan", "generate", "chat", "info"):  # fmt: skip
         assert f"puna {verb}" in out
         code, text, err = puna(*verb.split(), "--help")
         assert code == 0
