@@ -16,6 +16,7 @@ from puna.data.stream import Stream, share
 # Steps are made several at a time, up to this many tokens: a step of a small model is over sooner than its 16 shards
 # are looked at.
 _TOKENS_AT_ONCE, _STEPS_AT_ONCE = 1 << 16, 16
+_PATIENCE = 5.0  # seconds that the end of a run waits for a thread that is reading from storage
 # Shards that are fetched, checked and opened at once. Reading one from a bucket uses several connections by itself.
 _FETCHERS = 4
 
@@ -120,7 +121,8 @@ class _Worker:
 
     def stop(self) -> None:
         self._stopped.set()
-        while self._thread.is_alive():  # it may stand before a full queue
+        deadline = time.monotonic() + _PATIENCE
+        while self._thread.is_alive() and time.monotonic() < deadline:  # it may stand before a full queue
             try:
                 self._ready.get(timeout=0.05)
             except queue.Empty:
