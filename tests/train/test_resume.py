@@ -75,10 +75,12 @@ def test_ten_kills_change_nothing(recipe, tmp_path) -> None:
 
     draw = random.Random(1)
     seen_mid_save = 0
-    for number in range(KILLS):
+    for number in range(2 * KILLS):
+        if number >= KILLS and seen_mid_save:
+            break
         before = losses(broken) if (broken / "metrics.jsonl").exists() else {}
         lines = 10 + draw.randrange(20)
-        if number % 2:
+        if number % 2 or number >= KILLS:  # until a save was really hit
             kill_while_saving(launch(recipe, broken), broken, lines)
         else:
             kill_after(launch(recipe, broken), lines, draw.random() * 0.03)

@@ -81,7 +81,7 @@ def _swap_in(beside: Path, target: Path) -> None:
 
 def point_latest(link: Path, target: Path) -> None:
     """Make the symbolic link `link` name its sibling `target`, in one step."""
-    beside = link.with_name(f".{link.name}.{os.getpid()}.tmp")
+    beside = link.with_name(f".{link.name}.tmp")  # one name: what a killed process left is taken away here
     beside.unlink(missing_ok=True)
     os.symlink(target.name, beside)
     os.replace(beside, link)
