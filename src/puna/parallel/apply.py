@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 import torch
@@ -43,14 +44,21 @@ class Options:
     cpu_offload: bool = False
 
 
+Fill = Callable[[Transformer, torch.device, bool], None]  # (model of parts on meta, device, offload): weights into it
+
+
 def parallelize(
-    model: Transformer, mesh: DeviceMesh, options: Options | None = None, seed: int | None = None
+    model: Transformer,
+    mesh: DeviceMesh,
+    options: Options | None = None,
+    seed: int | None = None,
+    fill: Fill | None = None,
 ) -> nn.Module:
     """Apply every degree of `mesh` but pp and cp, in place; returns the model, in DDP where only dp_replicate is > 1.
 
-    `model` is on meta, and then gets weights: those of `Transformer.init_weights` for `seed`, or none yet where seed is
-    None (`materialise` them; DDP copies weights, so it needs a seed). Or it is filled, alike on every rank.
-    Raises PunaError for shapes that the mesh cannot cut.
+    `model` is on meta, and then gets weights once it is cut: from `fill`, or those of `Transformer.init_weights` for
+    `seed`, or none yet (then `materialise` them; DDP copies weights, so it needs one of both). Or it is filled, alike
+    on every rank. Raises PunaError for shapes that the mesh cannot cut.
     """
     options = options or Options()
     blocks = _blocks(model)
@@ -63,8 +71,10 @@ def parallelize(
     if sharded:
         _check_zero(options.zero)
         shard_data_parallel(model, blocks, data_mesh(mesh), options.zero, options.dtype, options.cpu_offload)
-    if seed is not None and next(model.parameters()).is_meta:
-        init_weights(model, torch.device(_device(mesh)), seed, sharded and options.cpu_offload)
+    if fill is None and seed is not None and next(model.parameters()).is_meta:
+        fill = partial(_init, seed)
+    if fill is not None:
+        fill(model, torch.device(_device(mesh)), sharded and options.cpu_offload)
     copies = submesh(mesh, "dp_replicate")
     return replicate(model, copies) if copies is not None and not sharded else model
 
@@ -108,6 +118,10 @@ def _twin(name: str, module: nn.Module, spec: Spec, tp: TensorParallel) -> nn.Mo
         first, end = kv_heads(spec, tp.rank, tp.size)
         return ColumnLinear(module, tp, (first * spec.head_dim, end * spec.head_dim))
     return ColumnLinear(module, tp)
+
+
+def _init(seed: int, model: Transformer, device: torch.device, offload: bool) -> None:
+    init_weights(model, device, seed, offload)
 
 
 def _blocks(model: nn.Module) -> list[nn.Module]:

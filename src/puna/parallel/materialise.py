@@ -39,10 +39,23 @@ def _fill_one(name: str, parameter: Tensor, device: torch.device, fill: Callable
     assign(parameter, whole)
 
 
+@torch.no_grad()
 def init_weights(model: Transformer, device: torch.device, seed: int, offload: bool = False) -> None:
-    """`materialise` with the weights that `Transformer.init_weights` gives one process for this seed and device."""
+    """Allocate this rank's parts and give them the numbers of one process's `Transformer.init_weights` for this seed.
+
+    A pipeline stage has some of the parameters: those of other stages are drawn, too, and forgotten.
+    """
+    model.to_empty(device="cpu" if offload else device)
     generator = torch.Generator(device).manual_seed(seed)
-    materialise(model, device, lambda name, whole: model.init_parameter(name, whole, generator), offload)
+    mine = dict(model.named_parameters())
+    with torch.device("meta"):
+        whole_model = Transformer(model.spec)
+    for name, shape in ((name, p.shape) for name, p in whole_model.named_parameters()):
+        whole = torch.empty(shape, device=device)
+        model.init_parameter(name, whole, generator)
+        if name in mine:
+            assign(mine[name], whole)
+        del whole  # gone before the next one is made
 
 
 @torch.no_grad()
