@@ -2,6 +2,8 @@
 
 torch is imported once and the ranks are forked from that process, which saves most of a launch. They meet over a file, not
 a port. `run` is for tests; as a program: `ranks.py MODULE.py REPORT.json`, where MODULE has WORLDS = {ranks: [functions]}.
+A module with OWN_GROUPS = True starts its process groups itself; RANK and WORLD_SIZE are in the environment. None between two
+functions starts new ranks: torch remembers some groups of a process beyond their end.
 A function that returns is 'ok' and may return numbers; a raised exception is reported; a hang ends with the time-out.
 """
 
@@ -45,13 +47,15 @@ def run(module: Path, timeout: int = TIMEOUT) -> dict[str, dict[str, Any]]:
         return json.loads(report.read_text())
 
 
-def _rank(rank: int, world: int, checks: list[Any], folder: str) -> None:
+def _rank(rank: int, world: int, checks: list[Any], folder: str, own_groups: bool) -> None:
     import torch
     import torch.distributed as dist
 
     torch.set_num_threads(1)
-    store = dist.FileStore(f"{folder}/store-{world}", world)
-    dist.init_process_group("gloo", store=store, rank=rank, world_size=world, timeout=timedelta(seconds=60))
+    os.environ |= {"RANK": str(rank), "LOCAL_RANK": str(rank), "WORLD_SIZE": str(world), "LOCAL_WORLD_SIZE": str(world)}
+    if not own_groups:
+        store = dist.FileStore(f"{folder}/store-{world}", world)
+        dist.init_process_group("gloo", store=store, rank=rank, world_size=world, timeout=timedelta(seconds=60))
     found: dict[str, Any] = {}
     for check in checks:
         begun = time.perf_counter()
@@ -61,7 +65,8 @@ def _rank(rank: int, world: int, checks: list[Any], folder: str) -> None:
             entry = {"ok": False, "error": f"rank {rank}: {traceback.format_exc()}", "result": None}
         found[f"{check.__name__}@{world}"] = {**entry, "seconds": round(time.perf_counter() - begun, 2)}
         Path(f"{folder}/{world}-{rank}.json").write_text(json.dumps(found))
-    dist.barrier()
+    if not own_groups:
+        dist.barrier()
     os._exit(0)  # without the destructors of a forked interpreter
 
 
@@ -73,16 +78,30 @@ def _main(module: Path, report: Path) -> None:
     sys.modules[module.stem] = loaded  # dataclasses look their module up
     place.loader.exec_module(loaded)
     merged: dict[str, Any] = {}
+    own = getattr(loaded, "OWN_GROUPS", False)
     for world, checks in loaded.WORLDS.items():
-        folder = tempfile.mkdtemp()
-        context = multiprocessing.get_context("fork")
-        ranks = [context.Process(target=_rank, args=(r, world, checks, folder), daemon=True) for r in range(world)]
-        for process in ranks:
-            process.start()
-        for process in ranks:
-            process.join()
-        _merge(merged, world, [f"{check.__name__}@{world}" for check in checks], folder)
+        for launch in _launches(checks):
+            folder = tempfile.mkdtemp()
+            context = multiprocessing.get_context("fork")
+            ranks = [
+                context.Process(target=_rank, args=(r, world, launch, folder, own), daemon=True) for r in range(world)
+            ]
+            for process in ranks:
+                process.start()
+            for process in ranks:
+                process.join()
+            _merge(merged, world, [f"{check.__name__}@{world}" for check in launch], folder)
     report.write_text(json.dumps(merged))
+
+
+def _launches(checks: list[Any]) -> list[list[Any]]:
+    found: list[list[Any]] = [[]]
+    for check in checks:
+        if check is None:
+            found.append([])
+        else:
+            found[-1].append(check)
+    return found
 
 
 def _merge(merged: dict[str, Any], world: int, names: list[str], folder: str) -> None:

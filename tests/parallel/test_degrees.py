@@ -10,7 +10,7 @@ import pytest
 
 from puna.base.console import PunaError
 from puna.model.spec import Spec
-from puna.parallel.degrees import Degrees, microbatches, resolve, split_layers, stages_per_rank
+from puna.parallel.degrees import Degrees, check_passes, microbatches, resolve, split_layers, stages_per_rank
 from puna.train.recipe import ParallelSection
 
 SPEC = Spec(hidden_size=64, num_hidden_layers=4, num_attention_heads=8, num_key_value_heads=4, head_dim=8)
@@ -78,6 +78,30 @@ def test_pipelines() -> None:
     assert (
         resolve(section(pp=2, pp_schedule="zbv"), 2, SPEC, 64, 16).pp == 2
     )  # nothing is sharded: zero does not matter
+
+
+def test_tied_weights_stay_on_one_stage() -> None:
+    tied = SPEC.replace(tie_word_embeddings=True)
+    refused("pp 2 puts embedding and head on two stages", "--parallel.pp 1", pp=2, spec=tied)
+    assert resolve(section(tp=2), 4, tied, 64, 16).tp == 2
+
+
+@pytest.mark.parametrize("schedule", ["zbv", "dualpipev"])
+@pytest.mark.parametrize(
+    ("mode", "compiled", "message", "hint"),
+    [
+        ("full", False, "full: a block is recomputed once for each", "--train.activation_checkpointing none"),
+        ("selective", False, "selective: torch goes back only once", "--train.activation_checkpointing none"),
+        ("none", True, "compile: torch cannot split", "--train.compile false"),
+    ],
+)
+def test_split_backward_wants_plain_blocks(schedule: str, mode: str, compiled: bool, message: str, hint: str) -> None:
+    with pytest.raises(PunaError, match=f"{schedule} with .*{message}") as error:
+        check_passes(section(pp=2, pp_schedule=schedule), mode, compiled)
+    assert hint in error.value.hint
+    check_passes(section(pp=2, pp_schedule=schedule), "none", False)  # each hint, followed
+    check_passes(section(pp=2, pp_schedule="interleaved"), mode, compiled)
+    check_passes(section(pp_schedule=schedule), mode, compiled)  # no pipeline: the schedule does not matter
 
 
 def test_microbatches() -> None:

@@ -57,10 +57,9 @@ class Attention(nn.Module):
         self.k_norm = RMSNorm(spec.head_dim, spec.rms_norm_eps) if spec.qk_norm else None
 
     def forward(self, x_TD: Tensor, cos: Tensor, sin: Tensor, attend: Attend) -> Tensor:
-        # -1, not the head count: under tensor parallelism a rank holds only its share of the heads.
-        heads = (x_TD.shape[0], -1, self.head_dim)
         projected = apply_all((self.q_proj, self.k_proj, self.v_proj), x_TD)
-        q_THK, k_TGK, v_TGK = (y.view(heads) for y in projected)
+        # Counted on what came out: under tensor parallelism a rank holds some of the heads, and x some of the tokens.
+        q_THK, k_TGK, v_TGK = (y.view(y.shape[0], -1, self.head_dim) for y in projected)
         if self.q_norm is not None and self.k_norm is not None:
             q_THK, k_TGK = self.q_norm(q_THK), self.k_norm(k_TGK)
         out_THK = attend(self.layer, rotate(q_THK, cos, sin), rotate(k_TGK, cos, sin), v_TGK, self.window)

@@ -19,9 +19,13 @@ class Linear(nn.Module):
     def forward(self, x_TK: Tensor) -> Tensor:
         return ops.linear(x_TK, self.weight, self.bias)
 
+    def forward_all(self, layers: tuple[Linear, ...], x_TK: Tensor) -> list[Tensor]:
+        """The outputs of several layers, of which this is the first, for one input."""
+        if all(type(layer) is Linear for layer in layers):
+            return ops.linear_group(x_TK, [layer.weight for layer in layers], [layer.bias for layer in layers])
+        return [layer(x_TK) for layer in layers]
+
 
 def apply_all(layers: tuple[Linear, ...], x_TK: Tensor) -> list[Tensor]:
-    """Every layer's output for one input: in one call where all are plain, else each by its own forward."""
-    if all(type(layer) is Linear for layer in layers):
-        return ops.linear_group(x_TK, [layer.weight for layer in layers], [layer.bias for layer in layers])
-    return [layer(x_TK) for layer in layers]
+    """Every layer's output for one input, the way the first layer's kind does it: plain ones in one call."""
+    return layers[0].forward_all(layers, x_TK)

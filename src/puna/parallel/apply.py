@@ -38,6 +38,7 @@ class Options:
 
     zero: int = 3
     sequence_parallel: bool = True
+    overlap: bool = False
     activation_checkpointing: str = "none"
     compiler: Callable[[Callable[..., Any]], Callable[..., Any]] | None = None
     dtype: torch.dtype = torch.float32
@@ -63,7 +64,9 @@ def parallelize(
     options = options or Options()
     blocks = _blocks(model)
     if (tensor := submesh(mesh, "tp")) is not None:
-        apply_tensor_parallel(model, TensorParallel(tensor, options.sequence_parallel))
+        apply_tensor_parallel(
+            model, TensorParallel(tensor, options.sequence_parallel, options.overlap and options.sequence_parallel)
+        )
     checkpoint_activations(blocks, options.activation_checkpointing)
     if options.compiler is not None:
         compile_blocks(blocks, options.compiler)
@@ -110,7 +113,10 @@ def apply_tensor_parallel(model: Transformer, tp: TensorParallel) -> None:
 def _twin(name: str, module: nn.Module, spec: Spec, tp: TensorParallel) -> nn.Module:
     role = role_of(name)
     if isinstance(module, RMSNorm):
-        return SequenceNorm(module, tp) if role == "sequence" else HeadNorm(module, tp)
+        # The last norm's tokens go to the loss, which gathers nothing itself.
+        return (
+            SequenceNorm(module, tp, name == "norm" or not tp.overlap) if role == "sequence" else HeadNorm(module, tp)
+        )
     assert isinstance(module, Linear)
     if role == "row":
         return RowLinear(module, tp)

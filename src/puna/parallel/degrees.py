@@ -91,6 +91,28 @@ def check_degrees(section: Section, degrees: Degrees, spec: Spec, seq_len: int, 
         )
 
 
+def check_passes(section: Section, activation_checkpointing: str, compile: bool) -> None:
+    """Refuse what cannot run under a schedule that takes the gradients of weights apart from those of inputs."""
+    if section.pp == 1 or section.pp_schedule not in SPLIT_BACKWARD:
+        return
+    hint = "or --parallel.pp_schedule interleaved, whose backward pass is whole"
+    troubles = {
+        "selective": "torch goes back only once through a block checkpointed so, the schedule goes twice",
+        "full": "a block is recomputed once for each of its weights, which costs more than the schedule saves",
+    }
+    if activation_checkpointing in troubles:
+        raise PunaError(
+            f"{section.pp_schedule} with activation_checkpointing {activation_checkpointing}: "
+            f"{troubles[activation_checkpointing]}",
+            f"use --train.activation_checkpointing none, {hint}",
+        )
+    if compile:
+        raise PunaError(
+            f"{section.pp_schedule} with compile: torch cannot split the backward pass of a compiled block",
+            f"use --train.compile false, {hint}",
+        )
+
+
 def microbatches(section: Section, degrees: Degrees, batch_size: int, micro_batch_size: int) -> int:
     """Forward passes a rank makes for one optimizer step. Without a pipeline these are gradient accumulation.
 
@@ -198,6 +220,11 @@ def _check_pipeline(section: Section, degrees: Degrees, spec: Spec) -> None:
         raise PunaError(
             f"{layers} layers are fewer than {degrees.pp * each} pipeline stages (pp {degrees.pp} x {each} per rank)",
             f"use --parallel.pp {max(1, layers // each)} or fewer",
+        )
+    if spec.tie_word_embeddings:
+        raise PunaError(
+            f"pp {degrees.pp} puts embedding and head on two stages, and tie_word_embeddings makes them one weight",
+            "use --parallel.pp 1 (with tp or dp_shard in its place), or a model with a head of its own",
         )
     if section.pp_schedule in SPLIT_BACKWARD and section.zero == 3 and degrees.shards > 1:
         raise PunaError(

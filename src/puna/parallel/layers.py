@@ -6,6 +6,8 @@ part, so puna's kernels run as on one device. Shapes: T tokens, D model width, V
 
 from __future__ import annotations
 
+from typing import cast
+
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
@@ -15,6 +17,7 @@ from puna.model.attention import RMSNorm
 from puna.model.linear import Linear
 from puna.ops.basic import rms_norm
 from puna.ops.linear import linear
+from puna.parallel.overlap import gather_matmul, matmul_scatter
 from puna.parallel.plan import bounds, take
 from puna.parallel.tensor import TensorParallel, gather_rows, local
 
@@ -32,6 +35,14 @@ class ColumnLinear(Linear):
     def forward(self, x_TK: Tensor) -> Tensor:
         return linear(x_TK, self._part(self.weight), None if self.bias is None else self._part(self.bias))
 
+    def forward_all(self, layers: tuple[Linear, ...], x_TK: Tensor) -> list[Tensor]:
+        if not self.tp.overlap:
+            return super().forward_all(layers, x_TK)
+        columns = cast("tuple[ColumnLinear, ...]", layers)
+        outputs = gather_matmul(x_TK, [layer._part(layer.weight) for layer in columns], self.tp.group)
+        biases = [None if layer.bias is None else layer._part(layer.bias) for layer in columns]
+        return [y if bias is None else y + bias.to(y.dtype) for y, bias in zip(outputs, biases, strict=True)]
+
     def _part(self, weight: Tensor) -> Tensor:
         if self.rows is None:
             return local(weight)
@@ -48,23 +59,30 @@ class RowLinear(Linear):
         self.bias = None if source.bias is None else distribute(source.bias, tp, None)
 
     def forward(self, x_TK: Tensor) -> Tensor:
-        y_TN = self.tp.leave(linear(x_TK, local(self.weight)))
+        if self.tp.overlap:
+            y_TN = matmul_scatter(x_TK, local(self.weight), self.tp.group)
+        else:
+            y_TN = self.tp.leave(linear(x_TK, local(self.weight)))
         if self.bias is None:
             return y_TN
         return y_TN + self.tp.shared(self.bias, partial=self.tp.sequence).to(y_TN.dtype)
 
 
 class SequenceNorm(RMSNorm):
-    """Norms its share of the tokens, then enters the region: what comes out holds all tokens."""
+    """Norms its share of the tokens, then enters the region: what comes out holds all tokens.
 
-    def __init__(self, source: RMSNorm, tp: TensorParallel):
+    Unless the products behind it fetch them themselves.
+    """
+
+    def __init__(self, source: RMSNorm, tp: TensorParallel, enters: bool = True):
         nn.Module.__init__(self)
-        self.tp, self.eps = tp, source.eps
+        self.tp, self.eps, self.enters = tp, source.eps, enters
         self.weight = distribute(source.weight, tp, None)
 
     def forward(self, x_TD: Tensor) -> Tensor:
         weight = self.tp.shared(self.weight, partial=self.tp.sequence)
-        return self.tp.enter(rms_norm(x_TD, weight, self.eps))
+        x_TD = rms_norm(x_TD, weight, self.eps)
+        return self.tp.enter(x_TD) if self.enters else x_TD
 
 
 class HeadNorm(SequenceNorm):

@@ -24,10 +24,14 @@ from puna.base.console import PunaError
 
 @dataclass(frozen=True)
 class TensorParallel:
-    """One rank's view of its tensor-parallel group. `sequence`: the residual stream is cut by tokens."""
+    """One rank's view of its tensor-parallel group. `sequence`: the residual stream is cut by tokens.
+
+    `overlap` (only with `sequence`): transfers run in ring steps behind the products beside them.
+    """
 
     mesh: DeviceMesh
     sequence: bool = True
+    overlap: bool = False
 
     @property
     def group(self) -> ProcessGroup:
