@@ -2,21 +2,24 @@
 
 from __future__ import annotations
 
+import os
 import sys
 
-from puna.base.console import PunaError
+from puna.base.console import PunaError, print_error
 
 
 def main() -> int:
     """Exit code 0 on success, 2 on a PunaError (message and hint, no traceback), 1 on a bug (with its traceback)."""
-    from puna.cli import run
+    if "WORLD_SIZE" in os.environ:  # else torch's C++ parts tell at length how each rank lost its neighbours
+        os.environ.setdefault("TORCH_CPP_LOG_LEVEL", "ERROR")
+    from puna.cli.front import run
 
     try:
         run(sys.argv[1:])
     except PunaError as error:
-        print(f"error: {error.message}", file=sys.stderr)
-        if error.hint:
-            print(f"hint: {error.hint}", file=sys.stderr)
+        # Before ranks have met, each node says it once: a command line may be wrong on one node only.
+        if not error.told and os.environ.get("LOCAL_RANK", "0") == "0":
+            print_error(error)
         return 2
     except KeyboardInterrupt:
         return 130

@@ -23,6 +23,12 @@ class PunaError(Exception):
         super().__init__(message)
         self.message = message
         self.hint = hint
+        self.told = False  # under torchrun: rank 0 has said it for all
+
+
+def print_error(error: PunaError) -> None:
+    """Message and hint on stderr."""
+    print(f"error: {error.message}" + (f"\nhint: {error.hint}" if error.hint else ""), file=sys.stderr, flush=True)
 
 
 def is_main_rank() -> bool:

@@ -6,6 +6,8 @@ talks most: several times per layer, and within one node over NVLink. Pipelines 
 
 from __future__ import annotations
 
+import warnings
+
 import torch.distributed as dist
 from torch import Tensor
 from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
@@ -44,10 +46,16 @@ def data_mesh(mesh: DeviceMesh) -> DeviceMesh:
     Context-parallel ranks hold the same weights and see other tokens, so they share in the sharding.
     """
     names = mesh.mesh_dim_names or ()
+    shard = mesh["dp_shard"]
     if "cp" in names:
-        mesh["dp_shard", "cp"]._flatten("dp_shard_cp")  # remembered by the mesh: a second call returns the first
-    shard = "dp_shard_cp" if "cp" in names else "dp_shard"
-    return mesh["dp_replicate", shard] if "dp_replicate" in names else mesh[shard]
+        shard = mesh["dp_shard", "cp"]._flatten(
+            "dp_shard_cp"
+        )  # remembered by the mesh: a second call returns the first
+    if "dp_replicate" not in names:
+        return shard
+    with warnings.catch_warnings():  # of slicing by a flattened name, for which 2.11 has no other way yet
+        warnings.simplefilter("ignore", UserWarning)
+        return mesh["dp_replicate", "dp_shard_cp" if "cp" in names else "dp_shard"]
 
 
 def data_ranks(mesh: DeviceMesh) -> tuple[int, int]:

@@ -50,7 +50,7 @@ def shard_data_parallel(
 
 def replicate(model: nn.Module, mesh: DeviceMesh) -> DistributedDataParallel:
     """DDP over a 1-D mesh, its gradients summed: the model is `.module` of what is returned."""
-    wrapped = DistributedDataParallel(model, process_group=mesh.get_group(), broadcast_buffers=False)
+    wrapped = DistributedDataParallel(model, process_group=mesh.get_group())  # there are no buffers to broadcast
     wrapped.register_comm_hook(mesh.get_group(), _sum_bucket)
     return wrapped
 
@@ -77,6 +77,12 @@ def micro_batch(model: nn.Module, last: bool, zero: int = 3) -> Iterator[None]:
             model.set_requires_gradient_sync(last)
             model.set_reshard_after_backward(last)
     yield
+
+
+def reshard(model: nn.Module) -> None:
+    """Let go of weights that a forward pass without a backward one has left gathered."""
+    for unit in _units(model):
+        unit.reshard()
 
 
 def unwrap(model: nn.Module) -> nn.Module:
