@@ -22,20 +22,26 @@ def ours(size: str) -> tuple:
     from puna.data.pack import Batch
     from puna.model.spec import Spec
     from puna.ops.attention import PackedCausal
+    from puna.parallel.degrees import Degrees
+    from puna.parallel.launch import Meeting
+    from puna.parallel.materialise import init_weights
+    from puna.parallel.world import Settings, World
+    from puna.train.compute import build_compute
+    from puna.train.interrupt import Interrupt
     from puna.train.loop import Trainer
     from puna.train.optim import build_optimizer
     from puna.train.recipe import Recipe
-    from puna.weights.folder import empty_model
 
     keep_freed_memory()
     count, length = BATCH[size]
     trainer = Trainer.__new__(Trainer)  # everything but the text and the files
     trainer.recipe = build(Recipe, {"optim": {"lr": 1e-4, "warmup_steps": 0}})
-    trainer.device, trainer.dtype, trainer.step_done = torch.device("cpu"), torch.float32, 0
-    trainer.model = empty_model(Spec.from_config(shape(size)), torch.float32, trainer.device)
-    trainer.model.init_weights()
-    trainer.optimizer = build_optimizer(trainer.model, trainer.recipe.optim)
-    trainer.scaler = torch.amp.GradScaler("cpu", enabled=False)
+    spec, cpu = Spec.from_config(shape(size)), torch.device("cpu")
+    trainer.world = World(Meeting(), Degrees(), cpu, Settings(), needs_mesh=False)
+    trainer.compute = build_compute(trainer.recipe, spec, trainer.world, lambda model, *_: init_weights(model, cpu, 0))
+    trainer.optimizer = build_optimizer(trainer.compute.parameters.values(), trainer.recipe.optim)
+    trainer.scaler, trainer.interrupt = torch.amp.GradScaler("cpu", enabled=False), Interrupt()
+    trainer.step_done = 0
     ids = torch.randint(0, 8000, (count * length,))
     targets = ids.roll(-1)
     batch = Batch(ids, torch.arange(length).repeat(count), targets, PackedCausal.of([length] * count), len(ids))

@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import json
+import re
 import sys
 import time
+from html.parser import HTMLParser
 
 import pytest
 
@@ -12,6 +14,7 @@ from puna.__main__ import main
 from puna.base.config import build
 from puna.base.console import PunaError
 from puna.serve.plan import Budget, make_plan, plan_spec
+from puna.train.loop import Trainer
 from puna.train.recipe import Recipe
 from puna.train.setup import check_recipe
 
@@ -130,6 +133,60 @@ def test_pictures(eight, tmp_path) -> None:
         make_plan(eight, {}, 8, "h100", Budget(), picture=str(tmp_path / "plan.xyz"))
 
 
+class Page(HTMLParser):
+    """Tags in order, with what each opens in and the text; an end that closes another tag than the last is refused."""
+
+    def __init__(self, text: str) -> None:
+        super().__init__()
+        self.open: list[str] = []
+        self.tags: list[tuple[str, dict]] = []
+        self.words: list[str] = []
+        self.feed(text)
+
+    def handle_starttag(self, tag: str, attrs: list) -> None:
+        self.tags.append((tag, dict(attrs)))
+        if tag not in ("meta",):
+            self.open.append(tag)
+
+    def handle_startendtag(self, tag: str, attrs: list) -> None:
+        self.tags.append((tag, dict(attrs)))
+
+    def handle_endtag(self, tag: str) -> None:
+        assert self.open.pop() == tag
+
+    def handle_data(self, data: str) -> None:
+        self.words.append(data)
+
+
+def test_the_page_needs_nothing_else_and_shows_all(tmp_path) -> None:
+    path = tmp_path / "plan.html"
+    report = make_plan(LARGE, {}, 1024, "h100", Budget(price=2.0), picture=str(path))
+    page = Page(text := path.read_text())
+    assert not page.open
+    assert not {"script", "link", "img", "iframe"} & {tag for tag, _ in page.tags}
+    assert [word for word in ("http", "url(", "@import", " src=") if word in text] == []
+    assert "prefers-color-scheme: dark" in text
+    defined, used = (set(re.findall(pattern, text)) for pattern in (r"--([\w-]+):", r"var\(--([\w-]+)\)"))
+    assert used <= defined
+    boxes = sum(tag == "rect" for tag, _ in page.tags)
+    chunks = 8 * 2 * report["microbatches"] * 2  # ranks, stages, microbatches, forward and backward
+    bars = sum(value > 0 for rank in report["memory"] for name, value in rank.items() if name in report["memory"][0]
+               and name not in ("total", "reserved", "host"))  # fmt: skip
+    assert boxes == chunks + bars
+    for rank in report["memory"]:
+        assert f"{rank['total'] / 2**30:,.1f}" in page.words
+    for words in (report["mesh"], report["model"], "DOES NOT FIT", "GPU hours", "forward, later chunk"):
+        assert words in " ".join(page.words)
+
+
+def test_a_page_without_a_pipeline_and_its_errors(eight, tmp_path) -> None:
+    make_plan(eight, {}, 8, "h100", Budget(), picture=str(tmp_path / "plan.html"))
+    page = Page((tmp_path / "plan.html").read_text())
+    assert sum(tag == "svg" for tag, _ in page.tags) == 1
+    with pytest.raises(PunaError, match="cannot write"):
+        make_plan(eight, {}, 8, "h100", Budget(), picture=str(tmp_path / "no" / "such.html"))
+
+
 @pytest.mark.parametrize(
     ("words", "message"),
     [
@@ -160,27 +217,19 @@ def test_compiled_zero_bubble_is_refused(puna, eight) -> None:
     assert "cannot compile under zbv" in err
 
 
-def test_shape_is_the_trainers(tokenizer_folder, tokenizer, model_folder) -> None:
-    """As train.setup.choose_spec, but without torch: the tokenizer's vocabulary, the recipe's changes, a folder's own."""
-    from puna.train.setup import choose_spec
-
-    tables = {"data": {"tokenizer": str(tokenizer_folder), "seq_len": 64},
-              "model": {"hidden_size": 128, "num_hidden_layers": 3, "num_attention_heads": 8}}  # fmt: skip
-    recipe = build(Recipe, tables)
-    mine, theirs = plan_spec(recipe), choose_spec(recipe.model, tokenizer, 64)
-    assert mine.num_params() == theirs.num_params()
-    assert (mine.head_dim, mine.vocab_size) == (theirs.head_dim, theirs.vocab_size)
+def test_shape_is_the_trainers(tokenizer_folder, tokenizer, model_folder, recipe) -> None:
+    """The tokenizer's vocabulary, the recipe's changes, a folder's own shape."""
+    changes = {"model.hidden_size": 128, "model.num_hidden_layers": 3, "model.num_attention_heads": 8,
+               "model.tie_word_embeddings": "false"}  # fmt: skip
+    changed = build(Recipe, recipe, changes)
+    assert plan_spec(changed) == Trainer(changed).compute.spec
+    assert not plan_spec(changed).tie_word_embeddings
     folder = build(Recipe, {"model": {"path": str(model_folder)}})
     assert plan_spec(folder).vocab_size == tokenizer.vocab_size
 
 
-@pytest.mark.parametrize(
-    "changes",
-    [{"parallel.tp": 2}, {"parallel.dp_shard": 2}, {"train.compile": True}, {"train.float8": True},
-     {"train.activation_checkpointing": "full"}, {"parallel.cpu_offload": True}],
-)  # fmt: skip
-def test_training_refuses_what_only_the_plan_knows(recipe, changes) -> None:
+def test_training_refuses_what_only_the_plan_knows(recipe) -> None:
     check_recipe(build(Recipe, recipe))
     with pytest.raises(PunaError, match="not built yet") as error:
-        check_recipe(build(Recipe, recipe, changes))
+        check_recipe(build(Recipe, recipe, {"train.float8": True}))
     assert "puna plan" in error.value.hint

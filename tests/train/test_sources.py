@@ -102,8 +102,8 @@ def test_decomposed_sources_keep_their_weights_whatever_their_lengths(web_and_co
 def test_validation_looks_at_as_many_tokens_as_it_may(web_and_code) -> None:
     trainer = Trainer(build(Recipe, web_and_code, {"validation.max_tokens": 1024}))
     seen: list[int] = []
-    real = trainer.loss
-    trainer.loss = lambda batch: seen.append(len(batch.tokens_T)) or real(batch)  # type: ignore[method-assign]
+    real = trainer.compute.loss
+    trainer.compute.loss = lambda batch: seen.append(len(batch.tokens_T)) or real(batch)  # type: ignore[method-assign]
     trainer.validate()
     assert sum(seen) == 1024
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import NamedTuple
 
 import numpy as np
@@ -38,6 +38,10 @@ class Batch:
             x.to(device, non_blocking=True) for x in (self.tokens_T, self.positions_T, self.targets_T)
         )
         return Batch(tokens, positions, targets, self.attend, self.valid, self.padding)
+
+    def unscored(self) -> Batch:
+        """The same without a target."""
+        return replace(self, targets_T=torch.full_like(self.targets_T, IGNORE), valid=0)
 
 
 @dataclass(frozen=True)

@@ -178,16 +178,22 @@ class Held:
         if self.lane.order.total < 1:
             raise too_short(reader, width)
 
-    def batches(self, count: int, limit: int) -> Iterator[Batch]:
-        """At most `limit` windows, `count` at a time."""
+    def batches(self, count: int, limit: int, rank: int = 0, world: int = 1) -> Iterator[Batch]:
+        """At most `limit` windows, `count` at a time, dealt out to `world` ranks.
+
+        All ranks get as many batches, for a forward pass may need all of them: a surplus one scores nothing.
+        """
         ends = self.lane.order.counts.cumsum()
         total = self.lane.order.total
         chosen = min(total, limit)
         samples = np.arange(chosen) * total // chosen
         shards = np.searchsorted(ends, samples, side="right")
-        for first in range(0, chosen, count):
+        firsts = range(0, chosen, count)
+        for number in range(rank, -(-len(firsts) // world) * world, world):
+            first = firsts[min(number, len(firsts) - 1)]
             some = slice(first, first + count)
-            yield self._pack(shards[some], samples[some] - (ends - self.lane.order.counts)[shards[some]])
+            batch = self._pack(shards[some], samples[some] - (ends - self.lane.order.counts)[shards[some]])
+            yield batch if number < len(firsts) else batch.unscored()
 
     def _pack(self, shards: np.ndarray, samples: np.ndarray) -> Batch:
         width = self.lane.cut.width

@@ -15,11 +15,13 @@ from puna.parallel.degrees import Degrees, check_degrees, microbatches, resolve,
 from puna.parallel.job import Job
 from puna.parallel.machines import Machine, machine
 from puna.parallel.memory import Memory, memory
+from puna.parallel.page import plan_page
 from puna.parallel.picture import plan_png
 from puna.parallel.search import Candidate, Change, Make, changes, search
 from puna.parallel.throughput import Throughput, throughput
 from puna.text.tokenizer import Tokenizer
-from puna.train.recipe import ModelSection, Recipe
+from puna.train.recipe import Recipe
+from puna.train.shape import choose_spec
 
 MFU = "6 N + 12 L H Q T FLOPs per token (PaLM, appendix B) over the dense bf16 peak"
 STATE_BYTES = 12  # per parameter in a save: fp32 weights (the Hugging Face folder) and AdamW's two moments
@@ -59,38 +61,35 @@ def make_plan(
         report["search"] = [_candidate(found) for found in search(world, make, card)]
     if picture:
         title = f"{_name(spec)} on {world} x {card.name}: {degrees}, {speed.tokens_per_second:,.0f} tokens/s per GPU"
-        report["picture"] = str(_draw(picture, job, card, ranks, speed, title))
+        report["picture"] = str(_draw(picture, job, card, ranks, speed, title, _figures(report)))
     return report
 
 
 def plan_spec(recipe: Recipe) -> Spec:
     """The model's shape without its tensors: a folder's, or the preset with the recipe's changes."""
-    section = recipe.model
-    if section.path:
-        return Spec.load(section.path)
-    spec = Spec.preset(section.preset)
-    given = {f.name: getattr(section, f.name) for f in dataclasses.fields(ModelSection) if getattr(section, f.name)}
-    rope = {key: given.pop(key) for key in ("max_position_embeddings", "rope_theta") if key in given}
-    shape = {key: value for key, value in given.items() if key not in ("path", "preset")}
-    if {"hidden_size", "num_attention_heads"} & shape.keys() and "head_dim" not in shape:
-        width, heads = (
-            shape.get("hidden_size", spec.hidden_size),
-            shape.get("num_attention_heads", spec.num_attention_heads),
-        )
-        if width % heads:
-            raise PunaError(f"hidden_size {width} is not divisible by num_attention_heads {heads}",
-                            f"use a multiple of {heads}, or set model.head_dim")  # fmt: skip
-        shape["head_dim"] = width // heads
-    if "num_hidden_layers" in shape:
-        shape["sliding_windows"] = ()
-    if recipe.data.tokenizer and "vocab_size" not in shape:  # as training does
-        shape["vocab_size"] = Tokenizer.load(recipe.data.tokenizer).vocab_size
-    return spec.replace(**shape, rope=dataclasses.replace(spec.rope, **rope))
+    if recipe.model.path:
+        return Spec.load(recipe.model.path)
+    tokenizer = Tokenizer.load(recipe.data.tokenizer) if recipe.data.tokenizer else None
+    return choose_spec(recipe.model, tokenizer, recipe.data.seq_len)
 
 
 def print_plan(report: dict[str, Any]) -> None:
     """The plan on stdout: what, memory, time, money, and what to change."""
-    rows = [
+    rows = _figures(report)
+    if "picture" in report:
+        rows.append(("picture", report["picture"]))
+    print(table([(name.ljust(12), value) for name, value in rows], title=report["title"]))
+    print("\n" + _memory_table(report["memory"]))
+    print("\n" + _share_table(report["seconds"], report["traffic"]))
+    if report["changes"]:
+        print("\n" + _change_table(report["changes"]))
+    if "search" in report:
+        print("\n" + _search_table(report["search"]))
+
+
+def _figures(report: dict[str, Any]) -> list[tuple[str, str]]:
+    """What the plan comes to, a line each."""
+    return [
         ("model", report["model"]),
         ("mesh", f"{report['gpus']} x {report['gpu']}: {report['mesh']}"),
         ("step", f"{report['tokens_per_step']:,} tokens, microbatches {report['microbatches']}, {report['settings']}"),
@@ -105,15 +104,6 @@ def print_plan(report: dict[str, Any]) -> None:
         ("checkpoint", f"{size(report['checkpoint_bytes'])}, {duration(report['checkpoint_seconds'])} to write at "
                        f"{report['storage_gb_per_second']:g} GB/s per node"),
     ]  # fmt: skip
-    if "picture" in report:
-        rows.append(("picture", report["picture"]))
-    print(table([(name.ljust(12), value) for name, value in rows], title=report["title"]))
-    print("\n" + _memory_table(report["memory"]))
-    print("\n" + _share_table(report["seconds"], report["traffic"]))
-    if report["changes"]:
-        print("\n" + _change_table(report["changes"]))
-    if "search" in report:
-        print("\n" + _search_table(report["search"]))
 
 
 def _days(days: float) -> str:
@@ -131,7 +121,7 @@ def _maker(recipe: Recipe, spec: Spec) -> Make:
         return Job(
             spec, degrees, length, train.batch_size, number, _dtype(train.dtype), parallel.zero, parallel.cpu_offload,
             parallel.sequence_parallel, parallel.pp_schedule, stages_per_rank(parallel) if degrees.pp > 1 else 1,
-            parallel.cp_method, mode, train.compile, train.float8,
+            parallel.cp_method, mode, train.compile, train.float8, parallel.async_tp,
         )  # fmt: skip
 
     return make
@@ -229,13 +219,18 @@ def _candidate(found: Candidate) -> dict[str, Any]:
     }
 
 
-def _draw(picture: str, job: Job, card: Machine, ranks: list[Memory], speed: Throughput, title: str) -> Path:
+def _draw(
+    picture: str, job: Job, card: Machine, ranks: list[Memory], speed: Throughput, title: str,
+    figures: list[tuple[str, str]],
+) -> Path:  # fmt: skip
     """The picture, or a PunaError: its folder and its ending come from a person."""
     try:
+        if Path(picture).suffix in (".html", ".htm"):
+            return plan_page(picture, job, card, ranks, speed, title, figures)
         return plan_png(picture, job, card, ranks, speed, title)
     except (OSError, ValueError) as error:
         raise PunaError(
-            f"cannot write {picture}: {error}", "give a path such as plan.png in a folder that exists"
+            f"cannot write {picture}: {error}", "give a path such as plan.html or plan.png in a folder that exists"
         ) from error
 
 

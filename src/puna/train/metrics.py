@@ -7,7 +7,7 @@ import os
 from collections import deque
 from collections.abc import Iterator
 from pathlib import Path
-from typing import Any
+from typing import Any, TextIO
 
 from puna.base.console import count, duration, say
 from puna.base.storage import write_atomic
@@ -16,11 +16,17 @@ HEADER = "   step     loss  val b/B        lr   gnorm   tok/s      ms  wait     
 
 
 class Metrics:
-    """Rows of one run, appended to `run/metrics.jsonl`; a row has 'step' and either 'loss' or 'val_loss'."""
+    """Rows of one run, appended to `run/metrics.jsonl`; a row has 'step' and either 'loss' or 'val_loss'.
 
-    def __init__(self, run: Path, resumed_step: int):
+    `write`: one rank writes them, the others only keep them.
+    """
+
+    def __init__(self, run: Path, resumed_step: int, write: bool = True):
         self.path = run / "metrics.jsonl"
         self.rows = [row for row in read_rows(self.path) if row["step"] <= resumed_step]
+        self._file: TextIO | None = None
+        if not write:
+            return
         # Steps after the save that is resumed from will be done again: their rows go, by an atomic rewrite.
         write_atomic(self.path, "".join(json.dumps(row) + "\n" for row in self.rows))
         self._file = open(self.path, "a", encoding="utf-8")  # noqa: SIM115 - lives as long as the run
@@ -28,10 +34,13 @@ class Metrics:
     def add(self, row: dict[str, Any]) -> None:
         """Keep and append one row; floats are written in full, so that runs can be compared bit by bit."""
         self.rows.append(row)
-        self._file.write(json.dumps(row) + "\n")
-        self._file.flush()
+        if self._file is not None:
+            self._file.write(json.dumps(row) + "\n")
+            self._file.flush()
 
     def close(self) -> None:
+        if self._file is None:
+            return
         self._file.flush()
         os.fsync(self._file.fileno())
         self._file.close()

@@ -3,16 +3,17 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Iterable
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from puna.train.recipe import OptimSection
 
 
-def build_optimizer(model: nn.Module, optim: OptimSection) -> torch.optim.AdamW:
+def build_optimizer(parameters: Iterable[Tensor], optim: OptimSection) -> torch.optim.AdamW:
     """Fused AdamW; matrices decay, vectors (norms, biases) do not."""
-    parameters = [p for p in model.parameters() if p.requires_grad]
+    parameters = [p for p in parameters if p.requires_grad]
     groups = [
         {"params": [p for p in parameters if p.ndim >= 2], "weight_decay": optim.weight_decay},
         {"params": [p for p in parameters if p.ndim < 2], "weight_decay": 0.0},
@@ -35,8 +36,3 @@ def learning_rate(optim: OptimSection, step: int, steps: int) -> float:
 def set_learning_rate(optimizer: torch.optim.Optimizer, rate: float) -> None:
     for group in optimizer.param_groups:
         group["lr"] = rate
-
-
-def clip_gradients(model: nn.Module, limit: float) -> Tensor:
-    """Global gradient norm before clipping; gradients are scaled down to `limit` if it is positive."""
-    return nn.utils.clip_grad_norm_(model.parameters(), limit if limit > 0 else math.inf)

@@ -20,6 +20,7 @@ class ModelSection:
     num_key_value_heads: int = knob(0, "key/value heads; must divide the query heads")
     head_dim: int = knob(0, "channels per head; 0: hidden_size / num_attention_heads")
     intermediate_size: int = knob(0, "feed-forward width")
+    tie_word_embeddings: str = knob("", "true: embedding and head are one matrix; false: two; empty: the preset's")
     max_position_embeddings: int = knob(0, "longest context in tokens")
     rope_theta: float = knob(0.0, "rotary base")
 
@@ -95,11 +96,15 @@ class ParallelSection:
     zero: int = knob(3, "what FSDP cuts: 1 optimizer state, 2 and gradients, 3 and weights")
     cpu_offload: bool = knob(False, "weights, gradients and optimizer state in the host's memory")
     sequence_parallel: bool = knob(True, "under tp, norms and residuals are cut along the sequence")
+    async_tp: bool = knob(False, "under tp, transfers run behind the products beside them, in ring steps")
     pp_schedule: str = knob("1f1b", "gpipe, 1f1b, interleaved, zbv or dualpipev")
     pp_microbatches: int = knob(0, "microbatches of a rank's batch; 0: by micro_batch_size, else at least 2 x pp")
     pp_stages_per_rank: int = knob(0, "stages of a pipeline rank; 0: 1, or 2 for interleaved, zbv and dualpipev")
     cp_method: str = knob("allgather", "how cp ranks meet: allgather (keys and values), ulysses (heads) or ring")
     backend: str = knob("", "of torch.distributed: nccl or gloo; empty: by the device")
+    first_timeout: float = knob(1800.0, "seconds a collective may take until the first step is done")
+    timeout: float = knob(300.0, "seconds it may take from then on; then the job ends and says where each rank stood")
+    environment: tuple[str, ...] = knob((), 'variables of the communication library: "NCCL_ALGO=Ring", one entry each')
 
 
 @dataclass(frozen=True)
@@ -107,7 +112,11 @@ class CheckpointSection:
     """When to save and what to keep."""
 
     every: int = knob(500, "steps between saves; the last step is always saved")
+    folder: str = knob("", "where saves go, a folder or s3:// gs:// az://; empty: `out`")
     keep_last: int = knob(2, "newest saves kept; 0: all")
+    keep_every: int = knob(0, "saves of steps that this divides are kept for good; 0: none")
+    background: bool = knob(True, "training goes on while a save is written; it costs a copy in the host's memory")
+    grace: float = knob(25.0, "seconds after SIGTERM in which the last save must be done; 0: no limit")
     resume: str = knob("auto", "auto: continue what `out` holds; never: refuse to; or a step folder")
 
 

@@ -2,51 +2,23 @@
 
 from __future__ import annotations
 
-import dataclasses
+import json
 from pathlib import Path
 from typing import Any
 
+import torch
+
+from puna import __version__
+from puna.base.config import as_dict
 from puna.base.console import PunaError
+from puna.base.hardware import pick_device
 from puna.model.spec import Spec
-from puna.text.tokenizer import Tokenizer
-from puna.train.recipe import ModelSection, Recipe
+from puna.parallel.degrees import check_passes, microbatches, resolve
+from puna.parallel.launch import Meeting
+from puna.parallel.sharding import check_context
+from puna.parallel.world import Settings, World, choose_device
+from puna.train.recipe import Recipe
 from puna.train.sources import check_data
-
-
-def choose_spec(section: ModelSection, tokenizer: Tokenizer, seq_len: int) -> Spec:
-    """The preset with the recipe's changes and the tokenizer's ids."""
-    spec = Spec.preset(section.preset)
-    given = {f.name: getattr(section, f.name) for f in dataclasses.fields(section) if getattr(section, f.name)}
-    rope = {k: given.pop(k) for k in ("max_position_embeddings", "rope_theta") if k in given}
-    shape = {k: v for k, v in given.items() if k not in ("path", "preset")}
-    heads = shape.get("num_attention_heads", spec.num_attention_heads)
-    width = shape.get("hidden_size", spec.hidden_size)
-    if {"hidden_size", "num_attention_heads"} & shape.keys() and "head_dim" not in shape:
-        if width % heads:
-            raise PunaError(
-                f"hidden_size {width} is not divisible by num_attention_heads {heads}",
-                f"use a multiple of {heads}, or set model.head_dim",
-            )
-        shape["head_dim"] = width // heads
-    if "num_hidden_layers" in shape:
-        shape["sliding_windows"] = ()  # one entry per layer; no preset has a window
-    shape.setdefault("vocab_size", tokenizer.vocab_size)
-    if shape["vocab_size"] < tokenizer.vocab_size:
-        raise vocab_error(tokenizer.vocab_size, shape["vocab_size"])
-    rope.setdefault("max_position_embeddings", max(spec.max_len, seq_len))
-    ids = {
-        "bos_token_id": tokenizer.bos_id,
-        "eos_token_ids": tuple(tokenizer.eos_ids),
-        "pad_token_id": tokenizer.pad_id,
-    }
-    return spec.replace(**shape, **ids, rope=dataclasses.replace(spec.rope, **rope))
-
-
-def vocab_error(tokenizer_size: int, model_size: int) -> PunaError:
-    return PunaError(
-        f"the tokenizer has {tokenizer_size} tokens, the model's vocabulary only {model_size}",
-        f"use --model.vocab_size {tokenizer_size} or the tokenizer that belongs to the model",
-    )
 
 
 def check_recipe(recipe: Recipe) -> None:
@@ -64,23 +36,43 @@ def check_recipe(recipe: Recipe) -> None:
             raise PunaError(f"{key} is {value}", f"use --{key} 1 or more")
     if train.micro_batch_size < 0:
         raise PunaError(f"train.micro_batch_size is {train.micro_batch_size}", "use 0 (all of batch_size) or more")
-    _refuse_unbuilt(recipe)
+    if train.float8:
+        raise PunaError("train.float8 is not built yet", "`puna plan` can already tell what it brings")
 
 
-def _refuse_unbuilt(recipe: Recipe) -> None:
-    """Settings that only `puna plan` knows so far: training on would silently do something else."""
-    parallel, train = recipe.parallel, recipe.train
-    degrees = {f"parallel.{name}": getattr(parallel, name) for name in ("dp_replicate", "dp_shard", "tp", "pp", "cp")}
-    asked = [f"{key} {value}" for key, value in degrees.items() if value > 1]
-    asked += [f"train.{name}" for name in ("compile", "float8") if getattr(train, name)]
-    asked += ["parallel.cpu_offload"] if parallel.cpu_offload else []
-    if train.activation_checkpointing != "none":
-        asked.append(f"train.activation_checkpointing {train.activation_checkpointing}")
-    if asked:
-        raise PunaError(f"{', '.join(asked)} is not built yet", "`puna plan` can already tell what it costs")
+def open_world(recipe: Recipe, spec: Spec, meeting: Meeting) -> World:
+    """The ranks of this job, cut as the [parallel] section says. What cannot be is refused on every rank alike."""
+    place, parallel, data, train = meeting.place, recipe.parallel, recipe.data, recipe.train
+    meeting.agree("recipe", json.dumps(_keys(recipe)), "start every node with the same recipe and options")
+    meeting.agree("software", json.dumps({"puna": __version__, "torch": torch.__version__}), "install the same on all")
+    degrees = resolve(parallel, place.size, spec, data.seq_len, train.batch_size)
+    check_passes(parallel, train.activation_checkpointing, train.compile)
+    if degrees.pp > 1:
+        microbatches(parallel, degrees, train.batch_size, train.micro_batch_size)
+    check_context(parallel.cp_method, data.seq_len, spec.num_attention_heads // degrees.tp, degrees.cp)
+    if parallel.async_tp and (train.compile or not parallel.sequence_parallel):
+        raise PunaError(
+            f"async_tp with sequence_parallel {parallel.sequence_parallel} and compile {train.compile}: it needs a "
+            "residual stream that is cut by tokens, and torch.compile cannot trace its ring",
+            "use --parallel.async_tp false, or sequence_parallel true and --train.compile false",
+        )
+    if place.size > 1 and train.dtype in ("float16", "fp16"):
+        raise PunaError(f"float16 needs loss scaling, which is not built for {place.size} ranks", "use bfloat16")
+    device = choose_device(pick_device(train.device).type, place)
+    flight = Path(recipe.out) / "flight"
+    how = Settings(parallel.backend, parallel.first_timeout, parallel.timeout, parallel.environment, flight)
+    return World(meeting, degrees, device, how, needs_mesh=parallel.cpu_offload)
 
 
-def check_resume(state: dict[str, Any], now: dict[str, Any], save: Path) -> None:
+def _keys(recipe: Recipe) -> dict[str, Any]:
+    """{'train.steps': 100, ...}"""
+    found: dict[str, Any] = {}
+    for name, part in as_dict(recipe).items():
+        found |= {f"{name}.{key}": value for key, value in part.items()} if isinstance(part, dict) else {name: part}
+    return found
+
+
+def check_resume(state: dict[str, Any], now: dict[str, Any], save: str) -> None:
     """Refuse to go on with other data, order or shape than the save was made with."""
     before, now = _flat(state["identity"]), _flat(now)
     changed = [f"{key} {before.get(key)} -> {value}" for key, value in now.items() if before.get(key) != value]
