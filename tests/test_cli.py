@@ -127,6 +127,27 @@ def test_train_with_overrides(puna, recipe, tmp_path) -> None:
     assert last_json(out)["model"] == f"{recipe['out']}/latest"
 
 
+def test_info_verifies_a_save(puna, recipe, tmp_path) -> None:
+    """All as saved; then a flipped bit and a lost file are named, also where the card could not be read any more."""
+    run = tmp_path / "run"
+    assert puna("train", write_recipe(tmp_path, {**recipe, "out": str(run)}), "--train.steps", "1", "--json")[0] == 0
+    code, out, _ = puna("info", run / "latest", "--verify", "--json")
+    save = (run / "latest").resolve()
+    files = sum(1 for file in save.rglob("*") if file.is_file() and file.name != "manifest.json")
+    assert (code, last_json(out)["verified"], last_json(out)["files"]) == (0, True, files)
+    assert f"{files} files, all as saved" in puna("info", run / "latest", "--verify")[1]
+    weights = bytearray((save / "model.safetensors").read_bytes())
+    weights[len(weights) // 2] ^= 1
+    (save / "model.safetensors").write_bytes(weights)
+    (save / "config.json").unlink()
+    code, out, err = puna("info", save, "--verify", "--json")
+    assert (code, out) == (2, "")
+    assert "2 of its files" in err
+    assert "model.safetensors" in err
+    assert "config.json" in err
+    assert "save before it" in err
+
+
 BAD = {
     "unknown verb": (["trian"], "no verb 'trian'", "puna train"),
     "unknown key": (["train", "RECIPE", "--optim.lrr", "1"], "unknown key 'optim.lrr'", "'optim.lr'"),
@@ -145,6 +166,7 @@ BAD = {
     "no model": (["generate", "/none", "--prompt", "x"], "no model folder at /none", "preset"),
     "no preset": (["info", "preset:lama3_8b"], "no preset is called 'lama3_8b'; did you mean 'llama3_8b'", "presets"),
     "long prompt": (["generate", "MODEL", "--prompt-ids", ",".join(["5"] * 600)], "has 600 tokens, the model's context is 512", "88"),
+    "no manifest": (["info", "MODEL", "--verify"], "holds no manifest.json", "step folder"),
     "no prompt": (["generate", "MODEL"], "either --prompt or --prompt-ids", "--prompt"),
     "bad ids": (["generate", "MODEL", "--prompt-ids", "1,x"], "not a list of numbers", "1,2,3"),
     "bad knob": (["generate", "MODEL", "--prompt", "x", "--top-p", "2"], "top_p is 2", "from"),
@@ -180,9 +202,9 @@ def test_bad_input(puna, name, recipe, corpus, model_folder, tmp_path, monkeypat
 
 def test_a_bug_is_exit_code_1_with_a_traceback() -> None:
     code = (
-        "import sys, puna.cli, puna.__main__\n"
+        "import sys, puna.cli.front, puna.__main__\n"
         "def broken() -> None:\n    1 / 0\n"
-        "puna.cli.VERBS['info'] = broken\n"
+        "puna.cli.front.VERBS['info'] = broken\n"
         "sys.argv = ['puna', 'info']\n"
         "sys.exit(puna.__main__.main())\n"
     )

@@ -80,7 +80,7 @@ def test_no_attics() -> None:
 def test_front_door_imports_no_torch() -> None:
     """Help, version, recipe help and cards are instant: torch alone costs over a second."""
     code = (
-        "import sys, puna, puna.cli, puna.train.recipe, puna.serve.card, puna.text.chat\n"
+        "import sys, puna, puna.cli.front, puna.train.recipe, puna.serve.card, puna.text.chat\n"
         "puna.Spec.preset('llama3_405b').num_params()\n"
         "assert 'torch' not in sys.modules, 'torch was imported'\n"
     )

@@ -164,7 +164,7 @@ def check_refusals(group: dist.ProcessGroup) -> dict[str, float]:
     attempts = [
         ("ulysses", [64], 6),
         ("ring", [60], 8),
-        ("all_gather", [4], 8),
+        ("allgather", [4], 8),
         ("ulysses", [66], 8),
         ("rign", [64], 8),
     ]

@@ -16,6 +16,7 @@ import torch
 from parallel.exchange_ranks import HEADS, LAYOUTS, RANKS, TOKENS, attention_cases, model_cases
 from puna.base.console import PunaError
 from puna.ops.attention import PackedCausal, attention_twin
+from puna.parallel.degrees import CP_METHODS
 from puna.parallel.exchange import traffic_bytes
 from puna.parallel.partial import attend_part, attend_part_backward, attend_part_twin, attend_part_twin_backward, merge
 from puna.parallel.sharding import METHODS, Piece, Span, check_context, held_spans, pieces, shard, unshard
@@ -87,7 +88,7 @@ def test_unshard_is_the_inverse_of_shard(method: str, world: int) -> None:
 
 def test_head_and_tail_chunks() -> None:
     assert shard([torch.arange(8)], 0, 2, "ring")[0].tolist() == [0, 1, 6, 7]
-    assert shard([torch.arange(8)], 1, 2, "all_gather")[0].tolist() == [2, 3, 4, 5]
+    assert shard([torch.arange(8)], 1, 2, "allgather")[0].tolist() == [2, 3, 4, 5]
     assert shard([torch.arange(8)], 1, 2, "ulysses")[0].tolist() == [4, 5, 6, 7]
 
 
@@ -214,9 +215,9 @@ def test_merged_parts_are_the_whole() -> None:
     [
         ("ulysses", 64, 6, 4, ["6 attention heads", "cp 4", "1, 2, 3 or 6"]),
         ("ring", 60, 8, 4, ["60 tokens", "8, the chunks of cp 4", "56 or 64"]),
-        ("all_gather", 4, 8, 4, ["4 tokens", "8 tokens"]),
+        ("allgather", 4, 8, 4, ["4 tokens", "8 tokens"]),
         ("ulysses", 66, 8, 4, ["66 tokens", "64 or 68"]),
-        ("rign", 64, 8, 4, ["'rign'", "ulysses, all_gather, ring"]),
+        ("rign", 64, 8, 4, ["'rign'", "ulysses, allgather, ring"]),
     ],
 )
 def test_errors_carry_the_numbers(method: str, tokens: int, heads: int, world: int, words: list[str]) -> None:
@@ -224,3 +225,8 @@ def test_errors_carry_the_numbers(method: str, tokens: int, heads: int, world: i
         check_context(method, tokens, heads, world)
     said = f"{error.value.message} {error.value.hint}"
     assert all(word in said for word in words), said
+
+
+def test_recipes_name_the_methods_there_are() -> None:
+    """`degrees` imports no torch, so it has a list of its own."""
+    assert sorted(CP_METHODS) == sorted(METHODS)

@@ -15,7 +15,7 @@ from puna.ops.basic import chunk_tokens
 from puna.ops.rope import cos_sin
 from puna.parallel.degrees import Degrees
 from puna.parallel.job import Job
-from puna.parallel.memory import CHUNK_BYTES, FRAGMENTATION, Memory, activation_bytes, loss_bytes, memory, peak
+from puna.parallel.memory import CHUNK_BYTES, FRAGMENTATION, Memory, activation_bytes, loss_bytes, memory, moments, peak
 
 SPEC = Spec(
     hidden_size=128, num_hidden_layers=4, num_attention_heads=8, num_key_value_heads=4, head_dim=16,
@@ -77,8 +77,10 @@ def test_zero_stages_and_degrees_divide() -> None:
     three, two, one = (memory(replace(job, zero=zero))[0] for zero in (3, 2, 1))
     assert (three.weights, three.gradients, three.optimizer) == (n, n, 2 * n)
     assert (two.weights, two.optimizer) == (n, 2 * n)
-    assert (one.weights, one.gradients, one.optimizer, one.unsharded) == (4 * n, 4 * n, 2 * n, 0)
+    assert one == two  # they differ in what they send: gradients of several microbatches are summed before, or not
     assert three.unsharded < two.unsharded
+    summed, sent = (memory(replace(job, zero=zero, microbatches=2))[0] for zero in (1, 2))
+    assert summed.unsharded - sent.unsharded > 3 * n
     alone = memory(replace(job, degrees=Degrees()))[0]
     assert alone.weights + alone.gradients + alone.optimizer == 16 * n
     assert memory(replace(job, degrees=Degrees(dp_shard=2, cp=2)))[0].weights == three.weights
@@ -138,6 +140,27 @@ def test_chunked_logits_do_not_grow_with_the_batch() -> None:
     assert CHUNK_BYTES // (4 * spec.vocab_size) == chunk_tokens(
         spec.vocab_size, "cuda"
     )  # the constant that is told twice
+
+
+def test_copies_need_buckets_and_autocast_a_copy() -> None:
+    n = SPEC.num_params()
+    alone, copies = (moments(Job(SPEC, Degrees(dp_replicate=many), 64, 8, dtype="float32"))["step"] for many in (1, 2))
+    assert copies.unsharded - alone.unsharded == 4 * n == alone.weights
+    low = Job(SPEC, Degrees(), 64, 8)
+    made, kept = (moments(low)[moment].unsharded for moment in ("loss", "loss backward"))
+    blocks = 2 * SPEC.num_hidden_layers * low.layer_params
+    assert (kept, made - kept) == (blocks, 2 * low.table_params)
+    assert moments(replace(low, checkpointing="full"))["loss backward"].unsharded < kept
+
+
+def test_what_is_idle_at_the_peak_is_reserved_but_not_allocated() -> None:
+    """Gradients are gone when logits are made; microbatches leave theirs."""
+    job = Job(SPEC, Degrees(dp_shard=2), 256, 4)
+    once, twice = (moments(replace(job, microbatches=n, batch_size=4 * n))["loss"] for n in (1, 2))
+    assert once.idle == once.gradients == 2 * SPEC.num_params()
+    assert (twice.idle, twice.gradients) == (0, once.gradients)
+    assert once.reserved - once.allocated == pytest.approx(once.fragmentation + once.idle)
+    assert memory(job)[0].total == max(at.total for at in moments(job).values())
 
 
 def test_parts_add_up() -> None:

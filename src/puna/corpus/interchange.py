@@ -171,20 +171,7 @@ def _write_shards(
         left_out=left_out,
     )
     write_manifest(out, manifest)
-    return _figures(manifest, out)
-
-
-def _figures(manifest: Manifest, out: str | Path) -> dict[str, Any]:
-    return {
-        "out": str(out),
-        "tokens": manifest.tokens,
-        "documents": manifest.documents,
-        "text_bytes": manifest.text_bytes,
-        "bytes_per_token": round(manifest.text_bytes / manifest.tokens, 4),
-        "shards": len(manifest.shards),
-        "left_out": manifest.left_out,
-        "sources": manifest.sources,
-    }
+    return {"out": str(out), **manifest.figures()}
 
 
 # ---- export ----

@@ -124,18 +124,7 @@ def _already_whole(out: str, settings: dict[str, Any]) -> dict[str, Any]:
 
 
 def _figures(out: str) -> dict[str, Any]:
-    manifest = read_manifest(out)
-    figures: dict[str, Any] = {
-        "out": out,
-        "tokens": manifest.tokens,
-        "documents": manifest.documents,
-        "text_bytes": manifest.text_bytes,
-        "bytes_per_token": round(manifest.text_bytes / manifest.tokens, 4),
-        "shards": len(manifest.shards),
-        "left_out": manifest.left_out,
-        "sources": manifest.sources,
-        "validation": None,
-    }
+    figures: dict[str, Any] = {"out": out, **read_manifest(out).figures(), "validation": None}
     if is_shards(join(out, VALIDATION)):
         held = read_manifest(join(out, VALIDATION))
         figures["validation"] = {"out": join(out, VALIDATION), "tokens": held.tokens, "documents": held.documents}

@@ -85,6 +85,18 @@ class Manifest:
         """Bytes of one token id."""
         return 2 if self.dtype == "uint16" else 4
 
+    def figures(self) -> dict[str, Any]:
+        """What a verb that wrote this reports of it."""
+        return {
+            "tokens": self.tokens,
+            "documents": self.documents,
+            "text_bytes": self.text_bytes,
+            "bytes_per_token": round(self.text_bytes / self.tokens, 4),
+            "shards": len(self.shards),
+            "left_out": self.left_out,
+            "sources": self.sources,
+        }
+
     def fingerprint(self) -> str:
         """Hex sha256 of what decides every token id and document boundary: what a resumed run must find unchanged."""
         parts = [self.dtype, self.vocab_hash, *(s.sha256 + s.documents_sha256 for s in self.shards)]

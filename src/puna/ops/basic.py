@@ -5,6 +5,7 @@ Shapes: T tokens, D model width, F feed-forward width, V vocabulary, C tokens of
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -15,6 +16,10 @@ from puna.ops.linear import linear
 from puna.ops.native import token
 
 IGNORE = -100  # a target that is not scored (padding, prompt, document boundary)
+
+# (logits_CV, which it may write over; targets_C; z_loss; is the gradient wanted?)
+# -> (logsumexp_C, the target's logit_C, d loss / d logits_CV or None)
+Score = Callable[[Tensor, Tensor, float, bool], tuple[Tensor, Tensor, Tensor | None]]
 
 
 def rms_norm(x_TD: Tensor, weight_D: Tensor, eps: float) -> Tensor:
@@ -45,7 +50,14 @@ def cross_entropy(
     Source of z-loss: PaLM, arXiv:2204.02311, section 5.
     """
     chunk = chunk or chunk_tokens(weight_VD.shape[0], hidden_TD.device.type)
-    return _ChunkedCrossEntropy.apply(hidden_TD, weight_VD, targets_T, z_loss, chunk)
+    return chunked_cross_entropy(hidden_TD, weight_VD, targets_T, z_loss, chunk, _score)
+
+
+def chunked_cross_entropy(
+    hidden_TD: Tensor, weight_VD: Tensor, targets_T: Tensor, z_loss: float, chunk: int, score: Score
+) -> tuple[Tensor, Tensor]:
+    """`cross_entropy` with another `score` of a chunk's logits: for a head that holds some of the words."""
+    return _ChunkedCrossEntropy.apply(hidden_TD, weight_VD, targets_T, z_loss, chunk, score)
 
 
 def cross_entropy_twin(
@@ -72,12 +84,12 @@ class _ChunkedCrossEntropy(torch.autograd.Function):
 
     @staticmethod
     def forward(
-        ctx: Any, hidden_TD: Tensor, weight_VD: Tensor, targets_T: Tensor, z_loss: float, chunk: int
+        ctx: Any, hidden_TD: Tensor, weight_VD: Tensor, targets_T: Tensor, z_loss: float, chunk: int, score: Score
     ) -> tuple[Tensor, Tensor]:
         if torch.is_autocast_enabled(hidden_TD.device.type):
             hidden_TD = hidden_TD.to(torch.get_autocast_dtype(hidden_TD.device.type))
         weight = weight_VD.to(hidden_TD.dtype)
-        exact = torch.promote_types(hidden_TD.dtype, torch.float32)  # fp64 stays fp64, for tests of the maths
+        exact = torch.promote_types(hidden_TD.dtype, torch.float32)
         need_h, need_w = ctx.needs_input_grad[0], ctx.needs_input_grad[1]
         grad_h = torch.empty_like(hidden_TD) if need_h else None
         grad_w = torch.zeros_like(weight_VD, dtype=exact) if need_w else None
@@ -85,19 +97,10 @@ class _ChunkedCrossEntropy(torch.autograd.Function):
         nll = torch.zeros_like(loss)
         for start in range(0, hidden_TD.shape[0], chunk):
             rows = slice(start, start + chunk)
-            hidden_CD, targets_C = hidden_TD[rows], targets_T[rows]
-            logits_CV = linear(hidden_CD, weight).to(exact)
-            probabilities_CV, lse_C = _softmax(logits_CV)
-            chunk_nll, chunk_z = _chunk_losses(logits_CV, lse_C, targets_C)
+            rows_h = None if grad_h is None else grad_h[rows]
+            chunk_nll, chunk_z = _chunk(hidden_TD[rows], weight, targets_T[rows], z_loss, score, rows_h, grad_w)
             nll += chunk_nll
             loss += chunk_nll + z_loss * chunk_z
-            if not (need_h or need_w):
-                continue
-            grad_CV = _chunk_gradient(probabilities_CV, lse_C, targets_C, z_loss).to(hidden_TD.dtype)
-            if grad_h is not None:
-                torch.mm(grad_CV, weight, out=grad_h[rows])
-            if grad_w is not None:
-                _accumulate(grad_w, grad_CV, hidden_CD)
         ctx.save_for_backward(grad_h, grad_w)
         ctx.weight_dtype = weight_VD.dtype
         ctx.mark_non_differentiable(nll)
@@ -109,15 +112,47 @@ class _ChunkedCrossEntropy(torch.autograd.Function):
         if grad_h is not None:
             grad_h = grad_h * grad_loss.to(grad_h.dtype)
         if grad_w is not None:
-            grad_w = (grad_w * grad_loss).to(ctx.weight_dtype)
-        return grad_h, grad_w, None, None, None
+            # Cast on the way: for 8B's head another fp32 copy is 2 GiB, at the fullest moment of the step.
+            grad_w = torch.mul(grad_w, grad_loss, out=torch.empty_like(grad_w, dtype=ctx.weight_dtype))
+        return grad_h, grad_w, None, None, None, None
 
 
-def _chunk_losses(logits_CV: Tensor, lse_C: Tensor, targets_C: Tensor) -> tuple[Tensor, Tensor]:
-    """Summed negative log-likelihood and summed squared logsumexp of a chunk's scored tokens."""
+def _chunk(
+    hidden_CD: Tensor,
+    weight_VD: Tensor,
+    targets_C: Tensor,
+    z_loss: float,
+    score: Score,
+    grad_CD: Tensor | None,
+    grad_VD: Tensor | None,
+) -> tuple[Tensor, Tensor]:
+    """Summed negative log-likelihood and squared logsumexp of a chunk's scored tokens; writes grad_CD, adds to grad_VD.
+
+    A function of its own: its logits are gone before the next chunk's are made.
+    """
+    exact = torch.promote_types(hidden_CD.dtype, torch.float32)  # fp64 stays fp64, for tests of the maths
+    wanted = grad_CD is not None or grad_VD is not None
+    lse_C, target_C, grad_CV = score(linear(hidden_CD, weight_VD).to(exact), targets_C, z_loss, wanted)
+    if grad_CV is not None:
+        grad_CV = grad_CV.to(hidden_CD.dtype)
+        if grad_CD is not None:
+            torch.mm(grad_CV, weight_VD, out=grad_CD)
+        if grad_VD is not None:
+            _accumulate(grad_VD, grad_CV, hidden_CD)
     scored = targets_C != IGNORE
-    target_C = logits_CV.gather(1, targets_C.where(scored, 0)[:, None])[:, 0]
     return ((lse_C - target_C) * scored).sum(), (lse_C.square() * scored).sum()
+
+
+def _score(logits_CV: Tensor, targets_C: Tensor, z_loss: float, wanted: bool) -> tuple[Tensor, Tensor, Tensor | None]:
+    """`Score` of all words; the gradient is written over the probabilities."""
+    scored = targets_C != IGNORE
+    index = targets_C.where(scored, 0)[:, None]
+    probabilities_CV, lse_C = _softmax(logits_CV)
+    target_C = logits_CV.gather(1, index)[:, 0]
+    if not wanted:
+        return lse_C, target_C, None
+    grad_CV = probabilities_CV.mul_((scored * (1 + 2 * z_loss * lse_C))[:, None])
+    return lse_C, target_C, grad_CV.scatter_add_(1, index, -scored[:, None].to(grad_CV.dtype))
 
 
 def _softmax(logits_CV: Tensor) -> tuple[Tensor, Tensor]:
@@ -125,14 +160,6 @@ def _softmax(logits_CV: Tensor) -> tuple[Tensor, Tensor]:
     the likeliest token: log p_max = l_max - lse, and p_max is at least 1 / V."""
     probabilities_CV = logits_CV.softmax(-1)
     return probabilities_CV, logits_CV.amax(-1) - probabilities_CV.amax(-1).log()
-
-
-def _chunk_gradient(probabilities_CV: Tensor, lse_C: Tensor, targets_C: Tensor, z_loss: float) -> Tensor:
-    """d(loss)/d(logits) of one chunk, written over its probabilities."""
-    scored = targets_C != IGNORE
-    grad_CV = probabilities_CV.mul_((scored * (1 + 2 * z_loss * lse_C))[:, None])
-    index = targets_C.where(scored, 0)[:, None]
-    return grad_CV.scatter_add_(1, index, -scored[:, None].to(grad_CV.dtype))
 
 
 def _accumulate(grad_VD: Tensor, grad_CV: Tensor, hidden_CD: Tensor) -> None:

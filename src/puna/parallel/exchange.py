@@ -5,7 +5,7 @@ travels. Bytes that a rank sends per layer for forward and backward, with t = T 
 G key/value heads, head width K and b bytes per element (gradients of keys and values travel in fp32: 4 bytes):
 
     ulysses      4 t (H + G') K b (w - 1) / w            heads <-> tokens by all-to-all; G' = G repeated to divide by w
-    all_gather   2 t G K (w - 1) (2 b + 4)               keys and values to all, twice; their gradients summed home
+    allgather    2 t G K (w - 1) (2 b + 4)               keys and values to all, twice; their gradients summed home
     ring         2 t G K (w - 1) 2 b  +  2 t G K w 4     the same round a ring, during the arithmetic
 
 Llama-3-8B (H 32, G 8, K 128) in bf16, 131,072 tokens on 8 ranks: 0.59, 1.88 and 2.01 GB per layer;
@@ -14,7 +14,7 @@ Llama-3-8B (H 32, G 8, K 128) in bf16, 131,072 tokens on 8 ranks: 0.59, 1.88 and
 - ulysses, wherever heads divide by w: least traffic, and it falls as 1 / w; each rank sees whole documents, so the
   plain kernel runs unchanged. But nothing hides the all-to-all, so keep it within a node, and tensor parallelism
   already has its share of the heads.
-- all_gather, where heads do not divide or G is much smaller than H, and for batches of many short documents: few large
+- allgather, where heads do not divide or G is much smaller than H, and for batches of many short documents: few large
   messages and the least arithmetic calls, but it holds every rank's keys and values for the layer at hand.
 - ring, for the longest sequences: nothing grows with w, and the transfer hides behind the arithmetic as soon as a
   rank's t tokens keep it busy longer than 2 t G K b bytes take. With short documents there is nothing to hide behind.
@@ -150,6 +150,6 @@ def _dtype(x: Tensor) -> torch.dtype:
 
 _ATTENTION: dict[str, Callable[[Tensor, Tensor, Tensor, Share], Tensor]] = {
     "ulysses": ulysses_attention,
-    "all_gather": gather_attention,
+    "allgather": gather_attention,
     "ring": ring_attention,
 }

@@ -2,40 +2,50 @@
 
 Per parameter (ZeRO, Rajbhandari et al. 2020, arXiv:1910.02054, section 5; puna keeps fp32 weights, AdamW two moments):
 
-    weights 4 / N        gradients 4 / N        moments 8 / N        (zero 3; all fp32)
+    weights 4 / N        gradients 4 / N        moments 8 / N        (FSDP at every stage; all fp32)
     zero 2: + c for a copy of all weights in the arithmetic's dtype, kept between forward and backward
-    zero 1: weights and gradients are whole on every rank (4 + 4, + c for the autocast copy); only the moments are cut
-    pipeline with several microbatches: + 4 for gradients that are summed whole before the one reduction of a step
+    zero 1: the same, and + 4 for gradients that are summed whole over several microbatches, as under a pipeline
+    copies (DDP): 4 + 4 + 8, + 4 for the buckets that travel, + c for autocast's copies of the blocks
 
-FSDP holds two blocks' weights whole at a time (the one in use and the next), one block's gradients in c and fp32, and
-embedding and head, its root group, from the forward pass to the end of the backward pass.
+FSDP holds two blocks' weights whole at a time (the one in use and the next), the fp32 gradients of the block before
+while they are reduced, and embedding and head, its root group, from the forward pass to the end of the backward pass.
 
 Activations of one block per token, in numbers (Korthikanti et al. 2022, arXiv:2205.05198, section 4, redone for SwiGLU,
 GQA and flash attention, which keeps no T x T; s is tp under sequence parallelism, else 1):
 
     none       2 D/s (the two norms' inputs) + 2 D (their outputs, gathered) + (2 H + 2 G) K / tp (q, out; k, v)
                + 4 F/tp (gate, up, silu(gate), product; 3 when compiled: silu is made again)
-    selective  D/s (block input) + (2 H + G) K / tp (q, v, attention's output) + F/tp (gate) + D/s (down): every second
-               matrix product and attention are kept, the rest is computed again - torchtitan's 'op' policy
+    selective  D/s (block input) + (2 H + G) K / tp (q, v, attention's output) + F/tp (gate) + D (down, before ranks
+               add it up): every second matrix product and attention are kept, the rest is computed again -
+               torchtitan's 'op' policy
     full       D/s (block input)
 
-plus 4 bytes per token and head for attention's log-sum-exp, and 8 for the norms' scales, where they are kept.
+plus 4 bytes per token and head for attention's log-sum-exp, and 8/s for the norms' scales, where they are kept.
+
+What lies there changes over a step, so `moments` adds up each moment at which the peak may be, and the largest counts.
+Held against fake-tensor runs by benchmarks/simulate_memory.py, against real ones by benchmarks/measure_memory.py.
 """
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from dataclasses import dataclass, fields
+from functools import cached_property
 
 from puna.parallel.job import Job
 
 CHUNK_BYTES = 512 * 2**20  # fp32 logits of one chunk on a GPU: ops.basic.chunk_tokens, which needs torch to import
-FRAGMENTATION = 0.08  # of what comes and goes: allocator rounding and holes; fitted to torchtitan's peak reserved
+FRAGMENTATION = 0.12  # of what comes and goes: allocator rounding and holes; fitted to torchtitan's peak reserved
 OUTSIDE = 2.0 * 2**30  # CUDA context, NCCL buffers, cuBLAS workspaces: beside the allocator, assumed
 
 
 @dataclass(frozen=True)
 class Memory:
-    """Bytes on one rank by what they are for. `total` is what must fit; `reserved` is what torch itself reports."""
+    """Bytes on one rank by what they are for. `total` is what must fit; `reserved` is what torch itself reports.
+
+    `idle`: gradients that are not there at the fullest moment. Their blocks stay with the allocator from step to step,
+    too small for what comes in their place, so they count in `reserved` all the same.
+    """
 
     weights: float = 0.0
     gradients: float = 0.0
@@ -47,11 +57,17 @@ class Memory:
     fragmentation: float = 0.0
     outside: float = 0.0
     host: float = 0.0
+    idle: float = 0.0
+
+    @property
+    def allocated(self) -> float:
+        """The tensors: torch.cuda.max_memory_allocated."""
+        return self.reserved - self.fragmentation - self.idle
 
     @property
     def reserved(self) -> float:
         """The allocator's peak: torch.cuda.max_memory_reserved."""
-        return sum(getattr(self, f.name) for f in fields(self)) - self.outside - self.host
+        return sum(self.parts().values()) - self.outside
 
     @property
     def total(self) -> float:
@@ -60,7 +76,7 @@ class Memory:
 
     def parts(self) -> dict[str, float]:
         """Bytes on the GPU by name, largest use first as declared."""
-        return {f.name: getattr(self, f.name) for f in fields(self) if f.name != "host"}
+        return {f.name: getattr(self, f.name) for f in fields(self) if f.name not in ("host", "idle")}
 
 
 def memory(job: Job) -> list[Memory]:
@@ -76,6 +92,19 @@ def peak(job: Job) -> Memory:
     return max((_rank_memory(job, rank, flight[rank]) for rank in ranks), key=lambda found: found.total)
 
 
+def moments(job: Job, rank: int = 0) -> dict[str, Memory]:
+    """Memory of a pipeline rank at each moment of a step that may be its fullest."""
+    _, flight = job.pipeline()
+    found: dict[str, Memory] = {}
+    for name, at in _Rank(job, rank, flight[rank]).moments():
+        found[name] = max(found.get(name, at), at, key=lambda one: one.allocated)
+    return found
+
+
+def _rank_memory(job: Job, rank: int, flight: int) -> Memory:
+    return max((found for _, found in _Rank(job, rank, flight).moments()), key=lambda found: found.total)
+
+
 def activation_bytes(job: Job, checkpointing: str) -> float:
     """Bytes that one block keeps of one token from its forward to its backward pass, on one rank."""
     spec, tp, c = job.spec, job.degrees.tp, job.width
@@ -86,62 +115,161 @@ def activation_bytes(job: Job, checkpointing: str) -> float:
     if checkpointing == "full":
         return c * wide / cut
     if checkpointing == "selective":
-        return c * (2 * wide / cut + 2 * queries + keys + inner) + sums
+        return c * (wide / cut + wide + 2 * queries + keys + inner) + sums
     normed = (queries + keys) * spec.qk_norm  # what q and k were before their norm
     numbers = 2 * wide / cut + 2 * wide + 2 * queries + 2 * keys + normed + (3 if job.compile else 4) * inner
-    return c * numbers + sums + 8
+    return c * numbers + sums + 8 / cut
 
 
 def loss_bytes(job: Job) -> float:
     """Logits, their gradient and what the loss keeps, at its peak.
 
-    chunked: fp32 logits, fp32 probabilities and a gradient in c of one chunk, the hidden states' gradient in c and the
-    head's in fp32. whole: fp32 log-softmax and two gradients; fused: logits and gradient in c.
+    chunked: of one chunk fp32 logits and probabilities, under tp one over the other and a copy in c; or its gradient
+    in c and its part of the head's, in c; of all the head's gradient in fp32 and the hidden states' in c.
+    whole: fp32 log-softmax and two gradients; fused: logits and gradient in c.
     """
-    tokens, vocab = job.micro_tokens, job.spec.vocab_size / job.degrees.tp
+    tokens, vocab, low = job.micro_tokens, job.spec.vocab_size / job.degrees.tp, _low(job)
     if job.loss == "whole":
         return 12 * tokens * vocab
     if job.loss == "fused":
         return 2 * job.width * tokens * vocab
     chunk = min(tokens, max(64, CHUNK_BYTES // (4 * vocab)))
-    head = 4 * job.table_params / job.degrees.tp
-    return (8 + job.width) * chunk * vocab + job.width * tokens * job.spec.hidden_size + head
+    scored = (8 if job.degrees.tp == 1 else 4 + low) * chunk * vocab
+    accumulated = (low * chunk * vocab + _head_bytes(job, low)) if low else 0.0
+    return max(scored, accumulated) + _head_bytes(job, 4) + _hidden_bytes(job)
 
 
-def _rank_memory(job: Job, rank: int, flight: int) -> Memory:
-    static = _static(job, rank)
-    chunk_layers = job.rank_layers[rank] / job.stages_per_rank if job.degrees.pp > 1 else job.rank_layers[rank]
-    tokens = job.micro_tokens
-    activations = flight * chunk_layers * tokens * activation_bytes(job, job.checkpointing)
-    activations += tokens * job.spec.hidden_size * job.width  # the embedding's output, or what the neighbour sent
-    loss = loss_bytes(job) if rank == job.head_rank else 0.0
-    # Logits are gone before the first block's backward pass: only the larger of the two counts.
-    working = max(0.0, _working(job) - loss)
-    moving = static.unsharded + activations + working + loss
-    return Memory(
-        static.weights, static.gradients, static.optimizer, static.unsharded, activations, working, loss,
-        FRAGMENTATION * moving, OUTSIDE, static.host,
-    )  # fmt: skip
+def _low(job: Job) -> int:
+    """Bytes of a number where a copy in the arithmetic's dtype is made beside one in fp32: none in fp32."""
+    return job.width if job.width < 4 else 0
 
 
-def _static(job: Job, rank: int) -> Memory:
-    """What lies there for the whole step: weights, gradients, moments, and what FSDP makes whole."""
-    degrees, c, n = job.degrees, job.width, job.degrees.shards
-    layer, tables = job.layer_params / degrees.tp, job.tables(rank) * job.table_params / degrees.tp
-    own = job.rank_layers[rank] * layer + tables
-    copy = c * own if c < 4 else 0.0  # autocast's, of weights that are whole
-    if n == 1 or job.zero == 1:
-        return Memory(4 * own, 4 * own, 8 * own / n, copy)
-    whole = c * own if job.zero == 2 else c * (2 * layer + tables)
-    summed = 4 * own if degrees.pp > 1 and job.microbatches > 1 else (c + 4) * max(layer, tables / 2)
-    if job.cpu_offload:
-        return Memory(unsharded=whole + summed, host=16 * own / n)
-    return Memory(4 * own / n, 4 * own / n, 8 * own / n, whole + summed)
+def _head_bytes(job: Job, width: float) -> float:
+    return width * job.table_params / job.degrees.tp
 
 
-def _working(job: Job) -> float:
-    """One block's backward pass: what checkpointing computes again, and gradients of its widest tensors."""
-    tp = job.degrees.tp
-    again = activation_bytes(job, "none") - activation_bytes(job, job.checkpointing)
-    gradients = job.width * (3 * job.spec.intermediate_size / tp + 3 * job.spec.hidden_size)
-    return job.micro_tokens * (again + gradients)
+def _hidden_bytes(job: Job) -> float:
+    """The hidden states of a microbatch, all tokens."""
+    return job.micro_tokens * job.spec.hidden_size * job.width
+
+
+class _Rank:
+    """One pipeline rank's parts of the sums. Bytes, on this rank, where not said otherwise."""
+
+    def __init__(self, job: Job, rank: int, flight: int):
+        self.job, self.n, self.c = job, job.degrees.shards, job.width
+        self.layers = job.rank_layers[rank]
+        self.layer = job.layer_params / job.degrees.tp  # parameters of one block
+        self.tables = job.tables(rank) * job.table_params / job.degrees.tp
+        self.own = self.layers * self.layer + self.tables
+        self.has_head = rank == job.head_rank
+        stages = job.stages_per_rank if job.degrees.pp > 1 else 1
+        self.kept_blocks = flight * self.layers / stages
+        self.outputs = flight if job.degrees.pp > 1 else 0  # a stage keeps what it sent on, to start its backward from
+
+    @cached_property
+    def fsdp(self) -> bool:
+        """As `puna.parallel.apply.needs_fsdp`."""
+        d = self.job.degrees
+        cut = d.tp > 1 or d.pp > 1
+        return self.n > 1 or self.job.cpu_offload or (cut and (d.data > 1 or self.job.dtype != "float32"))
+
+    @cached_property
+    def autocast(self) -> bool:
+        """Without FSDP, which casts whole blocks, torch casts each product's inputs, and the rest stays fp32."""
+        return not self.fsdp and _low(self.job) > 0
+
+    @cached_property
+    def block(self) -> float:
+        """What one block keeps of a microbatch."""
+        return self._kept(self.job.checkpointing)
+
+    def _kept(self, checkpointing: str) -> float:
+        found = activation_bytes(self.job, checkpointing)
+        if self.autocast:
+            streams, copies = (2, 3) if checkpointing == "none" else (1, 0)  # q, k, v, gate, up: each has its own copy
+            found += ((4 - self.c) * streams + self.c * copies) * self.job.spec.hidden_size
+        return self.job.micro_tokens * found
+
+    @cached_property
+    def stream(self) -> float:
+        """The residual stream of a microbatch, such as the last block's output."""
+        cut = self.job.degrees.tp if self.job.sequence_parallel else 1
+        return _hidden_bytes(self.job) / cut * (4 / self.c if self.autocast else 1)
+
+    @cached_property
+    def accumulates(self) -> bool:
+        """Are gradients summed whole over the microbatches of a step?"""
+        whole = self.job.zero == 1 or self.job.degrees.pp > 1
+        return self.fsdp and whole and self.job.microbatches > 1
+
+    def moments(self) -> Iterator[tuple[str, Memory]]:
+        """In the order of a step. Backward: its first block, its second, or its last has most there."""
+        kept = self.kept_blocks * self.block + (self.outputs + 1) * self.stream
+        if self.has_head:
+            hidden = _hidden_bytes(self.job) + self.autocast * self.stream
+            yield "loss", self._at(self._whole() + self._cached(), kept + hidden, loss=loss_bytes(self.job))
+            if self.job.loss == "chunked":
+                yield "loss backward", self._at(self._whole(), kept, loss=self._loss_backward())
+        for done in sorted({0, min(1, self.layers), max(0, self.layers - 1)}):
+            yield "backward", self._backward(done)
+        yield "reduction", self._at(self._reduced(), self.stream, 4 * self.own / self.n)
+        yield "step", self._at(0.0, 0.0, 4 * self.own / self.n)
+
+    def _at(self, whole: float, kept: float, gradients: float = 0.0, working: float = 0.0, loss: float = 0.0) -> Memory:
+        own = self.own / self.n
+        idle = 0.0 if self.job.microbatches > 1 and not self.accumulates else 4 * own - gradients
+        if not self.fsdp and self.job.degrees.data > 1:
+            whole += 4 * self.own  # DDP's buckets
+        static, host = (4 * own, 4 * own, 8 * own), 0.0
+        if self.job.cpu_offload:
+            static, host, idle = (0.0, 0.0, 0.0), 16 * own, 0.0
+        moving = FRAGMENTATION * (whole + kept + working + loss)
+        return Memory(*static, whole, kept, working, loss, moving, OUTSIDE, host, idle)
+
+    def _whole(self, done: int = 0) -> float:
+        """Weights that are whole, and whole gradients of former microbatches; `done` blocks are through backward."""
+        if not self.fsdp:
+            blocks = self.layers - done if self.job.checkpointing == "none" else 1
+            return self.c * self.layer * blocks * self.autocast  # kept for the backward pass, or made again in it
+        found = self.c * (self.tables + (self.layers - done) * self.layer * (self.job.zero < 3))
+        if self.accumulates:
+            return found + 4 * self.own
+        # Gradients on their way to other ranks stay until the next group's turn: the root's, last in a backward pass,
+        # until the next microbatch's (until it ends only where it is the step's last); then those of the block before.
+        waiting = self.layer if done else self.tables * (self.job.microbatches > 1)
+        return found + 4 * waiting
+
+    def _cached(self) -> float:
+        """Autocast's copies that only its cache holds, which ends with the loss; the head's, for the loss alone."""
+        if not self.autocast:
+            return 0.0
+        return self.c * self.layers * self.layer - self._whole() + _head_bytes(self.job, self.c)
+
+    def _loss_backward(self) -> float:
+        """The head's gradient as it was summed and as it leaves, in the head's dtype; the hidden states', too."""
+        return _head_bytes(self.job, 4 + (self.c if self.fsdp else 4)) + 2 * _hidden_bytes(self.job)
+
+    def _backward(self, done: int) -> Memory:
+        """Within a block's backward pass, `done` blocks being through theirs."""
+        whole, head = self._whole(done), _head_bytes(self.job, self.c if self.fsdp else 4) * self.has_head
+        gradients = 4 * done * self.layer / self.n
+        if self.fsdp:
+            whole += head + 2 * self.c * self.layer * (self.job.zero == 3)
+        else:
+            gradients += head
+        kept = max(0.0, self.kept_blocks - done) * self.block + self.outputs * self.stream
+        return self._at(whole, kept, gradients, self._working())
+
+    def _working(self) -> float:
+        """What checkpointing computes again, and gradients of a block's widest tensors and weight."""
+        job, inner = self.job, self.job.spec.intermediate_size / self.job.degrees.tp
+        weight = (self.c if self.fsdp else 4) * inner * job.spec.hidden_size
+        wide = job.micro_tokens * 2 * self.c * inner + _hidden_bytes(job) * (4 / self.c if self.autocast else 1)
+        return self._kept("none") - self.block + wide + weight
+
+    def _reduced(self) -> float:
+        """Root group: gradients as they came, and in fp32 on their way to other ranks."""
+        if not self.fsdp:
+            return 0.0
+        return (4 + (4 if self.accumulates else self.c)) * self.tables

@@ -1,4 +1,4 @@
-"""A plan as a picture: the pipeline's schedule over time, and each rank's memory as a stacked bar."""
+"""A plan as an image: the pipeline's schedule over time, and each rank's memory as a stacked bar. `page` makes HTML."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ from typing import Any
 from puna.parallel.job import Job
 from puna.parallel.machines import GIB, Machine
 from puna.parallel.memory import Memory
-from puna.parallel.schedules import simulate
+from puna.parallel.schedules import Timeline, simulate
 from puna.parallel.throughput import Throughput
 
 # Of an action: fill for the first and the second chunk of a rank (the later ones repeat).
@@ -41,12 +41,20 @@ def plan_png(path: str | Path, job: Job, gpu: Machine, memory: Sequence[Memory],
     return Path(path)
 
 
-def _draw_schedule(axis: Any, job: Job, speed: Throughput) -> None:
-    """One row per pipeline rank, one box per chunk with its microbatch, white where a rank waits."""
-    ranks, times = job.degrees.pp, speed.times
+def drawn_timeline(job: Job, speed: Throughput) -> tuple[Timeline, str]:
+    """The schedule of as many microbatches as a picture can show, and its caption."""
+    ranks = job.degrees.pp
     shown = min(job.microbatches, max(MOST_SHOWN, 2 * ranks))
     shown -= shown % ranks if job.schedule == "interleaved" and shown < job.microbatches else 0
-    line = simulate(job.schedule, ranks, shown, job.stages_per_rank, *vars(times).values())
+    line = simulate(job.schedule, ranks, shown, job.stages_per_rank, *vars(speed.times).values())
+    part = "" if shown == job.microbatches else f"; {shown} of {job.microbatches} microbatches drawn"
+    return line, f"{job.schedule}, stages per rank {job.stages_per_rank}: ranks wait {speed.bubble:.1%} of a step{part}"
+
+
+def _draw_schedule(axis: Any, job: Job, speed: Throughput) -> None:
+    """One row per pipeline rank, one box per chunk with its microbatch, white where a rank waits."""
+    ranks = job.degrees.pp
+    line, caption = drawn_timeline(job, speed)
     used: dict[str, Any] = {}
     for event in line.events:
         chunk = 0 if event.stage < ranks else 1
@@ -62,10 +70,7 @@ def _draw_schedule(axis: Any, job: Job, speed: Throughput) -> None:
                       color="black" if chunk or event.kind != "F" else "white")  # fmt: skip
     axis.set(ylabel="pipeline rank", xlabel="seconds", xlim=(0, line.makespan), yticks=range(ranks))
     axis.invert_yaxis()
-    part = "" if shown == job.microbatches else f"; {shown} of {job.microbatches} microbatches drawn"
-    axis.set_title(
-        f"{job.schedule}, stages per rank {job.stages_per_rank}: ranks wait {speed.bubble:.1%} of a step{part}"
-    )
+    axis.set_title(caption)
     axis.legend(used.values(), used.keys(), loc="upper left", bbox_to_anchor=(1.0, 1.0), fontsize=8)
 
 

@@ -23,6 +23,8 @@ from puna.parallel.partial import attend_part, attend_part_backward, merge
 from puna.parallel.sharding import Piece, Span, held_spans, pieces, shard, token_count, unshard
 
 Plan = tuple[Piece, ...]
+_Bring = Callable[[Tensor, "Share", Callable[[Tensor, Plan], None]], None]
+_BringHome = Callable[[Tensor, "Share", Callable[[Tensor, Plan], Tensor]], Tensor]
 
 # torch 2.13 renamed both and warns of the old names; 2.11 has only those.
 _all_gather = getattr(dist, "all_gather_single", None) or dist.all_gather_into_tensor
@@ -50,75 +52,51 @@ class Share:
 
 def gather_attention(q_THK: Tensor, k_TGK: Tensor, v_TGK: Tensor, share: Share) -> Tensor:
     """All-gather keys and values, attend, reduce-scatter their gradients; returns (T, H, K)."""
-    out: Tensor = _GatherAttention.apply(q_THK, k_TGK, v_TGK, share)
+    out: Tensor = _SharedAttention.apply(q_THK, k_TGK, v_TGK, share, _gather_once, _gather_home)
     return out
 
 
 def ring_attention(q_THK: Tensor, k_TGK: Tensor, v_TGK: Tensor, share: Share) -> Tensor:
     """Pass keys and values to the next rank w - 1 times, attending to what is there meanwhile; returns (T, H, K)."""
-    out: Tensor = _RingAttention.apply(q_THK, k_TGK, v_TGK, share)
+    out: Tensor = _SharedAttention.apply(q_THK, k_TGK, v_TGK, share, _round, _round_home)
     return out
 
 
-class _GatherAttention(torch.autograd.Function):
-    @staticmethod
-    def forward(ctx: Any, q_THK: Tensor, k_TGK: Tensor, v_TGK: Tensor, share: Share) -> Tensor:
-        kv_2TGK = torch.stack((k_TGK, v_TGK))
-        total = _Total(q_THK)
-        total.add(q_THK, _gather(kv_2TGK, share), _whole_plan(share), share.window)
-        out_THK = total.out_THK.to(q_THK.dtype)
-        # The shares are kept, not what was gathered: w times the memory in every layer would undo what cp is for.
-        ctx.save_for_backward(q_THK, kv_2TGK, out_THK, total.lse_TH)
-        ctx.share = share
-        return out_THK
+class _SharedAttention(torch.autograd.Function):
+    """`bring(kv, share, attend)` calls `attend(keys and values, plan)` until all that a rank sees has been there;
+    `bring_home` does so for `attend`s that answer with gradients, and returns the sum of those of this rank's kv."""
 
     @staticmethod
-    @once_differentiable
-    def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor | None, ...]:
-        q_THK, kv_2TGK, out_THK, lse_TH = ctx.saved_tensors
-        share: Share = ctx.share
-        kv_2SGK = _gather(kv_2TGK, share)
-        d_q, d_kv = torch.zeros_like(q_THK, dtype=torch.float32), torch.zeros_like(kv_2SGK, dtype=torch.float32)
-        gradient = _Gradient(gradients[0], q_THK, out_THK, lse_TH, d_q)
-        gradient.add(kv_2SGK, d_kv, _whole_plan(share), share.window)
-        d_k, d_v = _reduce_scatter(d_kv, share).to(q_THK.dtype)
-        return d_q.to(q_THK.dtype), d_k, d_v, None
-
-
-class _RingAttention(torch.autograd.Function):
-    @staticmethod
-    def forward(ctx: Any, q_THK: Tensor, k_TGK: Tensor, v_TGK: Tensor, share: Share) -> Tensor:
+    def forward(
+        ctx: Any, q_THK: Tensor, k_TGK: Tensor, v_TGK: Tensor, share: Share, bring: _Bring, bring_home: _BringHome
+    ) -> Tensor:
         kv_2TGK = torch.stack((k_TGK, v_TGK))
         total = _Total(q_THK)
 
         def attend(kv: Tensor, plan: Plan) -> None:
             total.add(q_THK, kv, plan, share.window)
 
-        _round(kv_2TGK, share, attend)
+        bring(kv_2TGK, share, attend)
         out_THK = total.out_THK.to(q_THK.dtype)
+        # The shares are kept, not what was gathered: w times the memory in every layer would undo what cp is for.
         ctx.save_for_backward(q_THK, kv_2TGK, out_THK, total.lse_TH)
-        ctx.share = share
+        ctx.share, ctx.bring_home = share, bring_home
         return out_THK
 
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor | None, ...]:
         q_THK, kv_2TGK, out_THK, lse_TH = ctx.saved_tensors
-        share: Share = ctx.share
         d_q = torch.zeros_like(q_THK, dtype=torch.float32)
         gradient = _Gradient(gradients[0], q_THK, out_THK, lse_TH, d_q)
-        carried: list[_Hop] = []  # the gradients on their way here: they follow their keys, one step behind
 
-        def attend(kv: Tensor, plan: Plan) -> None:
+        def attend(kv: Tensor, plan: Plan) -> Tensor:
             d_kv = torch.zeros_like(kv, dtype=torch.float32)
-            gradient.add(kv, d_kv, plan, share.window)
-            if carried:
-                d_kv += carried.pop().wait()
-            carried.append(_Hop(d_kv, share))
+            gradient.add(kv, d_kv, plan, ctx.share.window)
+            return d_kv
 
-        _round(kv_2TGK, share, attend)
-        d_k, d_v = carried.pop().wait().to(q_THK.dtype)  # w hops on a ring of w: home again
-        return d_q.to(q_THK.dtype), d_k, d_v, None
+        d_k, d_v = ctx.bring_home(kv_2TGK, ctx.share, attend).to(q_THK.dtype)
+        return d_q.to(q_THK.dtype), d_k, d_v, None, None, None
 
 
 class _Total:
@@ -188,6 +166,30 @@ def _round(kv_2TGK: Tensor, share: Share, attend: Callable[[Tensor, Plan], None]
             kv_2TGK = hop.wait()
 
 
+def _round_home(kv_2TGK: Tensor, share: Share, attend: Callable[[Tensor, Plan], Tensor]) -> Tensor:
+    """As `_round`; the gradients follow their keys and values one step behind, and after w hops are home again."""
+    carried: list[_Hop] = []
+
+    def pass_on(kv: Tensor, plan: Plan) -> None:
+        d_kv = attend(kv, plan)
+        if carried:
+            d_kv += carried.pop().wait()
+        carried.append(_Hop(d_kv, share))
+
+    _round(kv_2TGK, share, pass_on)
+    return carried.pop().wait()
+
+
+def _gather_once(kv_2TGK: Tensor, share: Share, attend: Callable[[Tensor, Plan], None]) -> None:
+    """Call `attend` with all keys and values at once."""
+    attend(_gather(kv_2TGK, share), _whole_plan(share))
+
+
+def _gather_home(kv_2TGK: Tensor, share: Share, attend: Callable[[Tensor, Plan], Tensor]) -> Tensor:
+    """As `_gather_once`, gradients summed over the ranks."""
+    return _reduce_scatter(attend(_gather(kv_2TGK, share), _whole_plan(share)), share)
+
+
 def _split(x: Tensor, rows: slice, piece: Piece) -> Tensor:
     """(documents, length, ...) of a piece's rows."""
     return x[rows].unflatten(0, (piece.documents, -1))
@@ -201,13 +203,13 @@ def _gather(kv_2TGK: Tensor, share: Share) -> Tensor:
     """Every rank's keys and values in the order of the sequence: (2, w T, G, K)."""
     parts = kv_2TGK.new_empty(share.world, *kv_2TGK.shape)
     _all_gather(parts.flatten(0, 1), kv_2TGK, group=share.group)
-    return unshard([part.transpose(0, 1) for part in parts], "all_gather").transpose(0, 1)
+    return unshard([part.transpose(0, 1) for part in parts], "allgather").transpose(0, 1)
 
 
 def _reduce_scatter(d_kv_2SGK: Tensor, share: Share) -> Tensor:
     """This rank's tokens of the sum over all ranks: (2, T, G, K)."""
     d_kv_S2GK = d_kv_2SGK.transpose(0, 1)
-    parts = [shard([d_kv_S2GK], rank, share.world, "all_gather")[0] for rank in range(share.world)]
+    parts = [shard([d_kv_S2GK], rank, share.world, "allgather")[0] for rank in range(share.world)]
     sums = parts[0].new_empty(parts[0].shape)
     _reduce_scatter_sum(sums, torch.cat(parts), group=share.group)
     return sums.transpose(0, 1)

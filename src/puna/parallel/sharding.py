@@ -21,7 +21,7 @@ from torch import Tensor
 from puna.base.console import PunaError
 from puna.ops.attention import PackedCausal
 
-METHODS = ("ulysses", "all_gather", "ring")
+METHODS = ("ulysses", "allgather", "ring")
 
 
 @dataclass(frozen=True)
@@ -54,7 +54,7 @@ def check_context(method: str, tokens: int, heads: int, world: int) -> None:
         fitting = [n for n in range(1, heads + 1) if heads % n == 0]
         raise PunaError(
             f"{heads} attention heads are not divisible by cp {world}, as ulysses needs",
-            f"use a cp of {_listed(fitting)}, or the method ring or all_gather",
+            f"use a cp of {_listed(fitting)}, or the method ring or allgather",
         )
     chunks = world if method == "ulysses" else 2 * world
     if tokens % chunks:
