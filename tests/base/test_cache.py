@@ -117,6 +117,16 @@ def test_an_open_object_keeps_its_bytes_when_evicted(shelf, tmp_path) -> None:
         assert mapped[:] == shelf.data[0]
 
 
+def test_a_linked_object_stays_when_evicted(shelf, tmp_path, fault_proxy) -> None:
+    small, target = Cache(tmp_path / "cache", SIZE), tmp_path / "cache" / "saves" / "x" / "weights"
+    for _ in range(2):
+        small.link(*shelf.of(0), target)
+    assert sum(gets(fault_proxy)) == 1
+    small.fetch(*shelf.of(1))
+    assert not small._path(shelf.keys[0]).exists()
+    assert target.read_bytes() == shelf.data[0]
+
+
 def test_threads_never_exceed_the_capacity_and_read_what_they_asked_for(shelf, cache, monkeypatch) -> None:
     totals, real = [], os.truncate
 

@@ -237,3 +237,23 @@ def test_folder_markers_of_consoles_are_no_files(s3_bucket) -> None:
     for key in ("web/sub", "web/sub/x", "web/empty"):
         files.write_file(f"{s3_bucket}/{key}", b"" if key != "web/sub/x" else b"x")
     assert below(f"{s3_bucket}/web", files.list_files(f"{s3_bucket}/web")) == ["empty", "sub/x"]
+
+
+def test_removing_files_and_trees(tree) -> None:
+    """Absent ones are no error; hidden names go with their folder, and what stands beside it stays."""
+    files.remove([f"{tree}/a.txt", f"{tree}/deep/d.txt", f"{tree}/absent"])
+    files.remove([])
+    assert below(tree, files.list_files(tree)) == ["b.json", "deep/e[1].txt", "deep/one/c.txt", "z"]
+    files.remove_tree(f"{tree}/deep")
+    assert below(tree, files.list_files(tree)) == ["b.json", "z"]
+    assert files.stat(f"{tree}/deep/.cache/x.txt") is None
+    files.remove_tree(tree)
+    files.remove_tree(tree)
+    assert files.stat(f"{tree}/.hidden") is None
+    assert files.stat(f"{os.path.dirname(tree)}/web2/not-below.txt")
+
+
+def test_folders_of_a_folder(tree) -> None:
+    assert files.list_folders(tree) == [".git", "deep"]
+    assert files.list_folders(f"{tree}/deep/") == [".cache", "__pycache__", "one"]
+    assert files.list_folders(f"{tree}/absent") == []

@@ -14,7 +14,7 @@ import pytest
 
 from puna.base import credentials, objects
 from puna.base.console import PunaError
-from puna.base.objects import TRIES, head, list_objects, read_parallel, read_range, write
+from puna.base.objects import TRIES, head, list_objects, read_parallel, read_range, remove, upload, write
 
 PASSING = ("truncate", "short", "delay", "stall", "drop", "reset", "503", "500")
 SECRET = "very-secret-access-key"
@@ -345,3 +345,45 @@ def test_a_forked_child_is_told_instead_of_hanging(url) -> None:
 def test_importing_it_imports_no_torch() -> None:
     code = "import sys, puna.base.cache; assert 'torch' not in sys.modules and 'boto3' not in sys.modules"
     subprocess.run([sys.executable, "-c", code], check=True, timeout=60)
+
+
+def test_a_file_is_put_in_parts_that_together_are_it(s3_bucket, tmp_path, fault_proxy, monkeypatch) -> None:
+    """Above one part's size as a multipart upload, of as many parts as a store takes; a fault is mended."""
+    monkeypatch.setattr(objects, "UPLOAD_PART", 5 << 20)
+    monkeypatch.setattr(objects, "MAX_PARTS", 2)
+    path = tmp_path / "x.bin"
+    for size in (0, 1000, (5 << 20) + 1, 17 << 20):
+        path.write_bytes(random.Random(size).randbytes(size))
+        fault_proxy.script("503", kind="put")
+        upload(f"{s3_bucket}/deep/x", path)
+        assert head(f"{s3_bucket}/deep/x").size == size
+        assert read_range(f"{s3_bucket}/deep/x", 0, size) == path.read_bytes()
+    fault_proxy.always("drop", kind="put")
+    path.write_bytes(b"other")
+    with pytest.raises(PunaError, match="did not answer after 6 tries"):
+        upload(f"{s3_bucket}/deep/x", path)
+    fault_proxy.calm()
+    assert head(f"{s3_bucket}/deep/x").size == 17 << 20  # whole or absent: the old one is still there
+
+
+def test_removing_many_objects(s3_bucket, monkeypatch) -> None:
+    monkeypatch.setattr(objects, "PAGE", 4)
+    urls = [f"{s3_bucket}/many/{i:02d}" for i in range(11)]
+    for url in urls:
+        write(url, b"x")
+    remove([*urls[:9], f"{s3_bucket}/many/absent"])
+    assert [info.path for info in list_objects(f"{s3_bucket}/many")] == urls[9:]
+
+
+def test_stores_that_complain_of_absent_objects(monkeypatch) -> None:
+    """Google's and Azure's stores refuse a bulk of which one is absent: the others go all the same."""
+    held = {"a", "c", "d"}
+
+    def delete(_store, keys) -> None:
+        if absent := set(keys) - held:
+            raise FileNotFoundError(absent)
+        held.difference_update(keys)
+
+    monkeypatch.setattr(objects.obstore, "delete", delete)
+    remove([f"gs://bucket/{key}" for key in "abcde"])
+    assert held == set()

@@ -1,4 +1,4 @@
-"""The same few verbs for a local path and for a URL: list, stat, read, stream, write.
+"""The same few verbs for a local path and for a URL: list, stat, read, stream, write, remove.
 
 A path is a str: local, or s3://bucket/key (gs://, az://). What cannot be done is a PunaError that names the path.
 """
@@ -7,8 +7,9 @@ from __future__ import annotations
 
 import os
 import re
+import shutil
 import stat as modes
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import cast
 
@@ -17,8 +18,8 @@ from puna.base.console import PunaError
 from puna.base.objects import PART, FileInfo
 from puna.base.storage import write_atomic
 
-__all__ = ["FileInfo", "is_remote", "join", "list_files", "name_of", "open_stream", "read_file", "read_range", "stat"]
-__all__ += ["write_file"]
+__all__ = ["FileInfo", "is_remote", "join", "list_files", "list_folders", "name_of", "open_stream", "read_file"]
+__all__ += ["read_range", "remove", "remove_tree", "stat", "upload", "write_file"]
 
 
 def is_remote(path: str | Path) -> bool:
@@ -115,6 +116,38 @@ def write_file(path: str | Path, data: bytes | memoryview) -> None:
         objects.write(str(path), data)
     else:
         write_atomic(Path(path), cast("bytes", data))  # any buffer does
+
+
+def upload(path: str | Path, source: Path) -> None:
+    """Put a local file into a bucket, streamed: for files that should not be read into memory."""
+    objects.upload(str(path), source)
+
+
+def remove(paths: Sequence[str | Path]) -> None:
+    """Remove files of one folder tree or bucket, in no order; one that is absent is no error."""
+    remote = [str(path) for path in paths if is_remote(path)]
+    objects.remove(remote)
+    for path in paths:
+        if not is_remote(path):
+            Path(path).unlink(missing_ok=True)
+
+
+def remove_tree(path: str | Path) -> None:
+    """Remove a folder and all below it, hidden names too; an absent one is no error."""
+    if is_remote(path):
+        objects.remove([info.path for info in objects.list_objects(str(path))])
+    elif os.path.lexists(path):
+        shutil.rmtree(path)
+
+
+def list_folders(path: str | Path) -> list[str]:
+    """The names of the folders in a folder, sorted, hidden ones too; none if it does not exist."""
+    if is_remote(path):
+        return objects.list_folders(str(path))
+    try:
+        return sorted(entry.name for entry in os.scandir(path) if entry.is_dir(follow_symlinks=False))
+    except FileNotFoundError:
+        return []
 
 
 def _read_pieces(path: str, chunk: int) -> Iterator[bytes]:

@@ -1,4 +1,4 @@
-"""Objects in s3://, gs:// and az:// stores: listed, read in ranges, written; a fault is retried or one clear error.
+"""Objects in s3://, gs:// and az:// stores: listed, read in ranges, written, removed; a fault is mended or one error.
 
 The client is obstore (Rust), used nowhere else. Its own retries are off: a body that is too short is a fault here, too.
 One request takes at most TRIES time-outs and the waits between them: two minutes on a dead line as set below.
@@ -15,11 +15,12 @@ import re
 import threading
 import time
 from collections import deque
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from datetime import timedelta
 from functools import lru_cache
+from pathlib import Path
 from typing import Any
 
 import obstore
@@ -31,6 +32,8 @@ from puna.base.credentials import CREDENTIALS_HINT, clean, credential_options, c
 PART = 8 << 20  # bytes per ranged read: S3's advice is 8-16 MiB
 PAGE = 1000  # objects per piece of a listing: what S3 answers at once
 AT_ONCE = 8  # ranged reads in flight; one connection of S3 gives ~90 MB/s
+UPLOAD_PART = 16 << 20  # bytes per part of an upload
+MAX_PARTS = 9_000  # of one object; S3 takes 10,000
 TRIES = 6
 FIRST_WAIT, WAIT_GROWTH, LONGEST_WAIT = 0.1, 3.0, 8.0  # seconds: 0.1, 0.3, 0.9, 2.7, 8, each times 0.5 to 1.5
 TIMEOUT = 20.0  # seconds without a byte; PUNA_STORE_TIMEOUT overrides it
@@ -123,6 +126,39 @@ def write(url: str, data: bytes | memoryview) -> None:
     """Put one object: whole or absent, an older one is replaced."""
     key = split_url(url)[2]
     _persist(url, "write", lambda: obstore.put(_store(url), key, data))
+
+
+def upload(url: str, source: Path) -> None:
+    """Put a local file as one object, whole or absent, in parts of UPLOAD_PART bytes: memory holds a few of them.
+
+    A kill leaves the parts of an unfinished upload in the bucket, unseen but paid for: set a lifecycle rule there that
+    drops incomplete uploads after a day.
+    """
+    key, part = split_url(url)[2], max(UPLOAD_PART, -(-source.stat().st_size // MAX_PARTS))
+    _persist(url, "write", lambda: obstore.put(_store(url), key, source, chunk_size=part, max_concurrency=AT_ONCE))
+
+
+def remove(urls: Sequence[str]) -> None:
+    """Remove objects of one bucket; one that is absent is no error."""
+    keys = [split_url(url)[2] for url in urls]
+    for first in range(0, len(keys), PAGE):
+        _remove_some(urls[first : first + PAGE], keys[first : first + PAGE])
+
+
+def _remove_some(urls: Sequence[str], keys: Sequence[str]) -> None:
+    try:
+        _persist(urls[0], "remove", lambda: obstore.delete(_store(urls[0]), keys))
+    except FileNotFoundError:  # Google's and Azure's stores complain of an absent one, and leave the rest undone
+        if len(urls) > 1:
+            remove(urls[: len(urls) // 2])
+            remove(urls[len(urls) // 2 :])
+
+
+def list_folders(url: str) -> list[str]:
+    """The names one level below a prefix that have objects below them: s3://b/run -> ['step-000100']."""
+    key = split_url(url)[2].rstrip("/")
+    found = _persist(url, "list", lambda: obstore.list_with_delimiter(_store(url), key or None))
+    return sorted(prefix.rstrip("/").rpartition("/")[2] for prefix in found["common_prefixes"])
 
 
 def split_url(url: str) -> tuple[str, str, str]:
@@ -257,7 +293,7 @@ def _judge(error: Exception, url: str, verb: str) -> str:
     scheme, bucket = url.partition(":")[0], "/".join(url.split("/")[:3])
     if code == "NoSuchBucket" or "ContainerNotFound" in text:
         raise PunaError(f"the bucket {bucket} does not exist", "check its name, AWS_ENDPOINT_URL and AWS_REGION")
-    if isinstance(error, FileNotFoundError) and verb == "read":
+    if isinstance(error, FileNotFoundError) and verb in ("read", "remove"):
         raise error
     if status >= 500 or status in (408, 429) or code in ("RequestTimeout", "SlowDown", "InternalError"):
         return reason

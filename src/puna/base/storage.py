@@ -60,7 +60,7 @@ def atomic_folder(target: Path) -> Iterator[Path]:
         beside.mkdir(parents=True)
         yield beside
         sync_tree(beside)
-        _swap_in(beside, target)
+        swap_in(beside, target)
     except OSError as error:
         shutil.rmtree(beside, ignore_errors=True)
         raise disk_error(error, target) from error
@@ -69,7 +69,8 @@ def atomic_folder(target: Path) -> Iterator[Path]:
         raise
 
 
-def _swap_in(beside: Path, target: Path) -> None:
+def swap_in(beside: Path, target: Path) -> None:
+    """Rename a folder to its sibling `target`, which is replaced if it exists; it stays whole until then."""
     old = target.with_name(f".{target.name}.old")
     shutil.rmtree(old, ignore_errors=True)
     if target.exists():
@@ -92,17 +93,18 @@ def sync_tree(folder: Path) -> None:
     """fsync every file and folder below `folder`, so that a rename after it survives a power cut."""
     for root, _, names in os.walk(folder):
         for name in names:
-            descriptor = os.open(os.path.join(root, name), os.O_RDONLY)
-            try:
-                os.fsync(descriptor)
-            finally:
-                os.close(descriptor)
+            sync_file(Path(root, name))
         sync_folder(Path(root))
 
 
 def sync_folder(folder: Path) -> None:
     """fsync a folder's entries (its renames and new names)."""
-    descriptor = os.open(folder, os.O_RDONLY)
+    sync_file(folder)
+
+
+def sync_file(path: Path) -> None:
+    """fsync one file, whoever wrote it."""
+    descriptor = os.open(path, os.O_RDONLY)
     try:
         os.fsync(descriptor)
     finally:

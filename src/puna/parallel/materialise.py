@@ -8,14 +8,13 @@ in its own `fill` that reads the tensor from disk.
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import Any
 
 import torch
 from torch import Tensor, nn
 from torch.distributed.tensor import DTensor
 
 from puna.model.transformer import Transformer
-from puna.parallel.plan import take
+from puna.parallel.pieces import pieces_of
 
 
 @torch.no_grad()
@@ -61,15 +60,6 @@ def init_weights(model: Transformer, device: torch.device, seed: int, offload: b
 @torch.no_grad()
 def assign(parameter: Tensor, whole: Tensor) -> None:
     """Copy this rank's part of a whole tensor into a parameter, plain or DTensor."""
-    if not isinstance(parameter, DTensor):
-        parameter.copy_(whole)
-        return
-    mesh, part = parameter.device_mesh, whole
-    coordinate = mesh.get_coordinate()
-    assert coordinate is not None
-    # Innermost dimension first: tensor parallelism cuts the weight, FSDP2 cuts what that left.
-    for dim in reversed(range(mesh.ndim)):
-        placement: Any = parameter.placements[dim]  # Shard or FSDP2's private strided one, which is no Shard
-        if not placement.is_replicate():
-            part = take(part, placement.dim, coordinate[dim], mesh.size(dim))
-    parameter.to_local().copy_(part)
+    held = parameter.to_local() if isinstance(parameter, DTensor) else parameter
+    if held.numel():  # DTensor may give an empty part another shape
+        held.copy_(whole[pieces_of(parameter)])

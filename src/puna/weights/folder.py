@@ -5,14 +5,10 @@ Loading streams one tensor at a time; a missing, surplus or mis-shaped tensor is
 
 from __future__ import annotations
 
-import errno
-import os
-import re
+from collections.abc import Mapping
 from pathlib import Path
 
 import torch
-from safetensors import SafetensorError
-from safetensors.torch import save_file
 from torch import Tensor, nn
 
 from puna.base.console import PunaError
@@ -21,14 +17,17 @@ from puna.base.storage import atomic_folder, read_json, write_json
 from puna.model.spec import Spec
 from puna.model.transformer import Transformer
 from puna.text.tokenizer import Tokenizer
+from puna.weights.fetch import local_folder
 from puna.weights.names import DERIVED, HUGGINGFACE, META, halves_from_pairs, names_on_disk
+from puna.weights.shards import WeightFile, index_of, plan_files
 from puna.weights.source import MetaSource, Source, open_source
+from puna.weights.tensor_file import write_files
 
 
 def load_model(
     path: str | Path, dtype: str | torch.dtype = "float32", device: str | torch.device = "cpu", seed: int = 0
 ) -> Transformer:
-    """The Transformer of a folder, or of `preset:NAME` with random weights (seeded), in eval mode.
+    """The Transformer of a folder, of a save's URL, or of `preset:NAME` with random weights (seeded), in eval mode.
 
     Holds at most about 1.2x the model in memory while loading. Raises PunaError for anything incomplete.
     """
@@ -38,13 +37,13 @@ def load_model(
         model = empty_model(Spec.load(path), dtype, device)
         model.init_weights(torch.Generator(device).manual_seed(seed))
         return model.eval()
-    folder = Path(path)
+    folder = local_folder(path, state=False)
     if not folder.is_dir():
         raise PunaError(
             f"no model folder at {path}", "give a folder with config.json and *.safetensors, or preset:NAME"
         )
     source = open_source(folder)
-    spec = _load_spec(folder, source)
+    spec = load_spec(folder, source)
     with torch.device("meta"):
         model = Transformer(spec)
     _fill(model, source, dtype, device, folder)
@@ -64,14 +63,28 @@ def write_folder(
     model: Transformer, folder: Path, tokenizer: Tokenizer | None, max_shard_bytes: int = 5 * 10**9
 ) -> None:
     """The files of `save_model`, into a folder whose atomicity is the caller's."""
-    tensors = hf_state(model)
-    dtype = next(iter(tensors.values())).dtype
-    spec = model.spec.replace(dtype=dtype_name(dtype))
+    parameters = {name: parameter.detach() for name, parameter in model.named_parameters()}
+    sizes = {name: parameter.nbytes for name, parameter in parameters.items()}
+    files = plan_files(sizes, largest=max_shard_bytes)
+    write_configs(model.spec, next(iter(parameters.values())).dtype, folder, tokenizer)
+    write_index(files, sizes, folder)
+    entries = {name: (parameter.dtype, tuple(parameter.shape)) for name, parameter in parameters.items()}
+    write_files(files, (parameter.cpu() for parameter in parameters.values()), entries, folder)
+
+
+def write_configs(spec: Spec, dtype: torch.dtype, folder: Path, tokenizer: Tokenizer | None) -> None:
+    """Everything of a model folder but its weights: config.json, generation_config.json, the tokenizer."""
+    spec = spec.replace(dtype=dtype_name(dtype))
     write_json(folder / "config.json", spec.to_config())
     write_json(folder / "generation_config.json", _generation_config(spec))
-    _write_weights(tensors, folder, max_shard_bytes)
     if tokenizer is not None:
         tokenizer.save(folder)
+
+
+def write_index(files: list[WeightFile], sizes: Mapping[str, int], folder: Path) -> None:
+    """The index of several weight files; a single one has none."""
+    if len(files) > 1:
+        write_json(folder / "model.safetensors.index.json", index_of(files, names_on_disk(sizes, HUGGINGFACE), sizes))
 
 
 def empty_model(spec: Spec, dtype: torch.dtype, device: torch.device) -> Transformer:
@@ -88,7 +101,8 @@ def hf_state(model: Transformer) -> dict[str, Tensor]:
     return {names[ours]: parameter.detach() for ours, parameter in parameters.items()}
 
 
-def _load_spec(folder: Path, source: Source) -> Spec:
+def load_spec(folder: Path, source: Source) -> Spec:
+    """The model's shape, from config.json or Meta's params.json; what params.json leaves out the weights tell."""
     if not isinstance(source, MetaSource):
         return Spec.load(folder)
     params = read_json(folder / "params.json")
@@ -104,11 +118,11 @@ def _fill(model: Transformer, source: Source, dtype: torch.dtype, device: torch.
     """Give every parameter its tensor; memory grows by one tensor at a time."""
     parameters = dict(model.named_parameters())
     ours = {disk: name for name, disk in names_on_disk(parameters, source.table).items()}
-    _check_names(source, {disk: tuple(parameters[name].shape) for disk, name in ours.items()}, model.spec, folder)
+    check_names(source, {disk: tuple(parameters[name].shape) for disk, name in ours.items()}, model.spec, folder)
     tied_head = None
     for disk, tensor in source.read():
         if disk not in ours:
-            tied_head = tensor.to(dtype) if disk == _head_name(source) else tied_head
+            tied_head = tensor.to(dtype) if disk == head_name(source) else tied_head
             continue
         if not tensor.is_floating_point():
             raise PunaError(
@@ -129,15 +143,16 @@ def _assign(model: nn.Module, name: str, tensor: Tensor) -> None:
     setattr(model.get_submodule(module_name), leaf, nn.Parameter(tensor.contiguous()))
 
 
-def _head_name(source: Source) -> str:
+def head_name(source: Source) -> str:
+    """What the output head is called in this origin's files."""
     return names_on_disk(["lm_head.weight"], source.table)["lm_head.weight"]
 
 
-def _check_names(source: Source, expected: dict[str, tuple[int, ...]], spec: Spec, folder: Path) -> None:
+def check_names(source: Source, expected: dict[str, tuple[int, ...]], spec: Spec, folder: Path) -> None:
     """Refuse anything missing, left over or of another shape, and say which."""
     surplus = [n for n in source.shapes if n not in expected and not n.endswith(DERIVED)]
     if spec.tie_word_embeddings:
-        surplus = [n for n in surplus if n != _head_name(source)]
+        surplus = [n for n in surplus if n != head_name(source)]
     missing = [n for n in expected if n not in source.shapes]
     wrong = [n for n, shape in expected.items() if source.shapes.get(n, shape) != shape]
     lines = [f"missing {n} {list(expected[n])}" for n in missing]
@@ -157,40 +172,3 @@ def _generation_config(spec: Spec) -> dict[str, object]:
     ids = {"bos_token_id": spec.bos_token_id, "eos_token_id": eos[0] if len(eos) == 1 else eos or None}
     ids["pad_token_id"] = spec.pad_token_id
     return {name: value for name, value in ids.items() if value is not None}
-
-
-def save_tensors(tensors: dict[str, Tensor], path: Path) -> None:
-    """safetensors' writer; its own error type hides a full disk, so the operating system's number is put back."""
-    try:
-        save_file({name: tensor.cpu().contiguous() for name, tensor in tensors.items()}, path, {"format": "pt"})
-    except SafetensorError as error:
-        number = re.search(r"os error (\d+)", str(error))
-        code = int(number[1]) if number else errno.EIO
-        raise OSError(code, os.strerror(code), str(path)) from error
-
-
-def _write_weights(tensors: dict[str, Tensor], folder: Path, max_shard_bytes: int) -> None:
-    shards = _plan_shards(tensors, max_shard_bytes)
-    if len(shards) == 1:
-        save_tensors(tensors, folder / "model.safetensors")
-        return
-    where = {}
-    for number, names in enumerate(shards, 1):
-        file = f"model-{number:05d}-of-{len(shards):05d}.safetensors"
-        save_tensors({name: tensors[name] for name in names}, folder / file)
-        where.update(dict.fromkeys(names, file))
-    total = sum(tensor.nbytes for tensor in tensors.values())
-    index = {"metadata": {"total_size": total}, "weight_map": where}
-    write_json(folder / "model.safetensors.index.json", index)
-
-
-def _plan_shards(tensors: dict[str, Tensor], max_shard_bytes: int) -> list[list[str]]:
-    shards: list[list[str]] = [[]]
-    held = 0
-    for name, tensor in tensors.items():
-        if shards[-1] and held + tensor.nbytes > max_shard_bytes:
-            shards.append([])
-            held = 0
-        shards[-1].append(name)
-        held += tensor.nbytes
-    return shards

@@ -24,12 +24,17 @@ _WINDOW = 64 * 2**20
 
 
 class Source(Protocol):
-    """A checkpoint: `table` names its origin's spelling, `shapes` what it holds, `read` streams (name, tensor)."""
+    """A checkpoint: `table` names its origin's spelling, `shapes` what it holds.
+
+    `read` streams (name, tensor); `read_box` gives a part of one tensor.
+    """
 
     table: dict[str, str]
     shapes: dict[str, tuple[int, ...]]
 
     def read(self) -> Iterator[tuple[str, Tensor]]: ...
+
+    def read_box(self, name: str, box: tuple[slice, ...]) -> Tensor: ...
 
 
 def open_source(folder: Path) -> Source:
@@ -84,6 +89,13 @@ class FileSource:
         for file, entries in self._entries.items():
             for names in _windows(entries):
                 yield from self._reader(file, names)
+
+    def read_box(self, name: str, box: tuple[slice, ...]) -> Tensor:
+        file = next(file for file, entries in self._entries.items() if name in entries)
+        if self._reader is not _read_safetensors:
+            return next(self._reader(file, [name]))[1][box]
+        with _open_safetensors(file) as handle:
+            return handle.get_slice(name)[box]
 
 
 @dataclass(frozen=True)
@@ -187,6 +199,11 @@ class MetaSource:
             for name in names:
                 dim, parts = self._cut[name], [state[name] for state in states]
                 yield name, parts[0] if dim is None or len(parts) == 1 else torch.cat(parts, dim)
+
+    def read_box(self, name: str, box: tuple[slice, ...]) -> Tensor:
+        parts = [_load_pickle(file)[name] for file in self._files]
+        dim = self._cut[name]
+        return (parts[0] if dim is None or len(parts) == 1 else torch.cat(parts, dim))[box]
 
     def _whole(self, shape: tuple[int, ...], dim: int | None) -> tuple[int, ...]:
         return tuple(n * len(self._files) if i == dim else n for i, n in enumerate(shape))
