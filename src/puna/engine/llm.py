@@ -15,6 +15,7 @@ from puna.engine.sampler import Sampler
 from puna.model.transformer import Transformer
 from puna.ops.attention import PackedCausal
 from puna.text.tokenizer import Tokenizer
+from puna.weights.fetch import local_folder
 from puna.weights.folder import load_model
 
 Prompt = str | Sequence[int]
@@ -23,12 +24,13 @@ Prompt = str | Sequence[int]
 class LLM:
     """A model and its tokenizer, ready to generate.
 
-    `path` is a model folder, or `preset:NAME` (random weights). Without a tokenizer (a preset, a bare folder) prompts
-    are token ids and answers have no text. Raises PunaError for unusable input.
+    `path` is a model folder, a save's URL, or `preset:NAME` (random weights). Without a tokenizer (a preset, a bare
+    folder) prompts are token ids and answers have no text. Raises PunaError for unusable input.
     """
 
     def __init__(self, path: str | Path, dtype: str = "float32", device: str = "cpu"):
-        model = load_model(path, dtype, device)
+        path = local_folder(path, state=False)  # of a URL; anything else is itself
+        model = load_model(str(path), dtype, device)
         self._set_up(model, _find_tokenizer(path))
 
     @classmethod

@@ -8,16 +8,17 @@ from typing import Any
 from puna.base.console import count, flops, size, table
 from puna.base.storage import read_json
 from puna.model.spec import Spec
+from puna.weights.fetch import local_folder
 
 _DTYPE_BYTES = {"float32": 4, "bfloat16": 2, "float16": 2}
 CONVENTION = "training, 6 N + 12 L H Q T (PaLM appendix B): N without the embedding look-up, attention over T x T"
 
 
 def model_card(model: str, seq_len: int = 0) -> dict[str, Any]:
-    """Figures of a model folder or preset, as plain values."""
-    spec = Spec.load(model)
+    """Figures of a model folder, a save's URL or a preset, as plain values."""
+    folder = local_folder(model, state=False)
+    spec = Spec.load(str(folder))
     length = seq_len or min(spec.max_len, 8192)
-    folder = Path(model)
     width = _DTYPE_BYTES.get(spec.dtype, 2)
     return {
         "model": model,

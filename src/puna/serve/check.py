@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
-from pathlib import Path
 from typing import Any
 
+from puna.base import files
 from puna.base.console import PunaError
-from puna.base.storage import read_json
-from puna.weights.checkpoint import MANIFEST, verify
+from puna.data.shards import FORMAT
+from puna.weights.manifest import MANIFEST, read_manifest, verify
 
 
 def check_save(model: str) -> dict[str, Any]:
@@ -15,19 +15,19 @@ def check_save(model: str) -> dict[str, Any]:
 
     Raises PunaError for a folder without a manifest, and with the names of files that are missing or differ.
     """
-    folder = Path(model)
-    if not (folder / MANIFEST).is_file():
+    manifest = files.join(model, MANIFEST)
+    if files.stat(manifest) is None:
         raise PunaError(
             f"{model} holds no {MANIFEST}: there is nothing to verify it against",
             "give a step folder of a run, such as RUN/latest; presets and other folders have no manifest",
         )
-    if "shards" in read_json(folder / MANIFEST):
+    if FORMAT.encode() in files.read_file(manifest)[:200]:
         raise PunaError(f"{model} holds token shards, not a model", f"puna shards verify {model}")
-    damaged = verify(folder)
+    damaged = verify(model)
     if damaged:
         shown = ", ".join(damaged[:5]) + (f" and {len(damaged) - 5} more" if len(damaged) > 5 else "")
         raise PunaError(
             f"{model} is damaged: {len(damaged)} of its files are missing or not as saved ({shown})",
             "resume from the save before it with --checkpoint.resume RUN/step-NNNNNN, or copy it again",
         )
-    return {"model": model, "verified": True, "files": len(read_json(folder / MANIFEST)["files"])}
+    return {"model": model, "verified": True, "files": len(read_manifest(model))}

@@ -13,6 +13,7 @@ from puna.base.hardware import pick_device
 from puna.engine.llm import LLM, Prompt
 from puna.engine.request import Output, SamplingParams
 from puna.text.chat import Chat
+from puna.weights.fetch import local_folder
 
 
 def complete(
@@ -36,7 +37,7 @@ def complete(
 def talk(model: str, system: str, params: SamplingParams, dtype: str, device: str) -> dict[str, Any]:
     """A conversation on stdin and stdout; returns its messages."""
     llm = LLM(model, dtype, str(pick_device(device)))
-    chat = Chat.load(model)
+    chat = Chat.load(local_folder(model, state=False))
     first = [{"role": "system", "content": system}] if system else []
     messages = list(first)
     say("/reset forgets, /exit or Ctrl-D ends")

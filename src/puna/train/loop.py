@@ -11,6 +11,7 @@ from typing import Any
 
 import torch
 
+from puna.base import files
 from puna.base.config import as_dict, build, read_toml
 from puna.base.console import PunaError, count, curve, say, table
 from puna.base.hardware import describe, keep_freed_memory
@@ -243,7 +244,7 @@ class Trainer:
         self.metrics.close()
         losses = [value for _, value in self.metrics.series("loss")]
         bits = self.metrics.series("val_bits_per_byte")
-        latest, png = self.run_folder / "latest", self.run_folder / "loss.png"
+        latest, png = files.join(self.saves.run, "latest"), self.run_folder / "loss.png"
         say(curve(losses))
         if interrupted:
             say(f"interrupted at step {self.step_done} and saved; the same command continues from there")
@@ -255,7 +256,7 @@ class Trainer:
             "loss": losses[-1] if losses else None,
             "val_bits_per_byte": bits[-1][1] if bits else None,
             "epochs": self.sources.epochs(self.step_done),
-            "model": str(latest),
+            "model": latest,
             "metrics": str(self.metrics.path),
             "curve": str(png),
         }
