@@ -36,7 +36,7 @@ def workplace(tmp_path_factory, corpus) -> Path:
 
 def puna_commands() -> list[str]:
     lines = "\n".join(blocks("bash")).replace("\\\n", " ").splitlines()
-    return [line.partition("#")[0].strip() for line in lines if line.startswith((".venv/bin/puna", "echo"))]
+    return [line.partition("#")[0].strip() for line in lines if line.startswith((".venv/bin/", "echo"))]
 
 
 def test_make_targets_exist() -> None:
@@ -50,7 +50,8 @@ def test_make_targets_exist() -> None:
 @pytest.mark.parametrize("command", puna_commands())
 def test_commands_of_the_readme(command: str, workplace: Path) -> None:
     command = command.replace(".venv/bin/puna", f"{shlex.quote(sys.executable)} -m puna")
-    if " puna train " in command:
+    command = command.replace(".venv/bin/torchrun", f"{shlex.quote(str(Path(sys.executable).parent))}/torchrun")
+    if " puna train " in command and "torchrun" not in command:
         command += " --train.steps 12"
     done = subprocess.run(
         ["bash", "-euo", "pipefail", "-c", command], cwd=workplace, capture_output=True, text=True, timeout=120,

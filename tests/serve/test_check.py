@@ -26,7 +26,7 @@ def test_a_run_in_a_bucket(recipe, s3_bucket, tmp_path, monkeypatch) -> None:
     report = puna.train(recipe, changes)
     assert report["model"] == f"{run}/latest"
     assert _losses(recipe) == losses
-    assert check_save(f"{run}/step-000004")["verified"]
+    assert check_save(report["model"])["verified"]
     assert model_card(report["model"])["layers"] == 2
     answer = puna.LLM(report["model"]).generate("def alpha", puna.SamplingParams(temperature=0, max_tokens=4))
     assert len(answer[0].token_ids) == 4

@@ -181,3 +181,9 @@ def test_a_diverging_run_says_so_and_saves_no_nan(recipe) -> None:
     assert "optim.lr" in caught.value.hint
     saved = puna.load_model(f"{recipe['out']}/latest")
     assert all(torch.isfinite(parameter).all() for parameter in saved.parameters())
+
+
+def test_degrees_without_torchrun_say_how_to_start(recipe) -> None:
+    with pytest.raises(PunaError, match="make 4 ranks, and this is one process") as caught:
+        puna.train(recipe, {"parallel.tp": 2, "parallel.pp": 2})
+    assert "--nproc_per_node=4" in caught.value.hint

@@ -7,6 +7,7 @@ from typing import Any
 from puna.base import files
 from puna.base.console import PunaError
 from puna.data.shards import FORMAT
+from puna.weights.fetch import follow_latest
 from puna.weights.manifest import MANIFEST, read_manifest, verify
 
 
@@ -15,6 +16,8 @@ def check_save(model: str) -> dict[str, Any]:
 
     Raises PunaError for a folder without a manifest, and with the names of files that are missing or differ.
     """
+    if files.is_remote(model):
+        model = follow_latest(model)
     manifest = files.join(model, MANIFEST)
     if files.stat(manifest) is None:
         raise PunaError(

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 from pathlib import Path
 from typing import Any
 
@@ -45,6 +46,12 @@ def open_world(recipe: Recipe, spec: Spec, meeting: Meeting) -> World:
     place, parallel, data, train = meeting.place, recipe.parallel, recipe.data, recipe.train
     meeting.agree("recipe", json.dumps(_keys(recipe)), "start every node with the same recipe and options")
     meeting.agree("software", json.dumps({"puna": __version__, "torch": torch.__version__}), "install the same on all")
+    asked = math.prod(max(1, getattr(parallel, name)) for name in ("dp_replicate", "dp_shard", "tp", "pp", "cp"))
+    if place.size == 1 and asked > 1:
+        raise PunaError(
+            f"the recipe's degrees make {asked} ranks, and this is one process",
+            f"start it with torchrun --standalone --nproc_per_node={asked} -m puna train RECIPE.toml",
+        )
     degrees = resolve(parallel, place.size, spec, data.seq_len, train.batch_size)
     check_passes(parallel, train.activation_checkpointing, train.compile)
     if degrees.pp > 1:

@@ -27,7 +27,7 @@ def local_folder(path: str | Path, state: bool = True, cache: Cache | None = Non
     """
     if not files.is_remote(path):
         return Path(path)
-    save = _follow(str(path))
+    save = follow_latest(str(path))
     digests = read_manifest(save)
     cache = cache or Cache(default_cache_root(), _NO_LIMIT)
     manifest = manifest_bytes(digests)
@@ -44,8 +44,8 @@ def local_folder(path: str | Path, state: bool = True, cache: Cache | None = Non
     return folder
 
 
-def _follow(url: str) -> str:
-    """RUN/latest is an object that names a save beside it."""
+def follow_latest(url: str) -> str:
+    """A save's URL, also from RUN/latest, in a bucket an object that names a save beside it."""
     url = url.rstrip("/")
     if files.stat(files.join(url, MANIFEST)) is None and files.stat(url) is not None:
         name = files.read_file(url).decode(errors="replace").strip()
