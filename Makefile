@@ -32,6 +32,7 @@ bench: .venv/dev
 	$(BIN)/python benchmarks/startup.py
 	$(BIN)/python benchmarks/data.py
 	$(BIN)/python benchmarks/tokenize_corpus.py
+	$(BIN)/python benchmarks/chaos.py
 
 .venv/core: $(BUILD)
 	@$(PYTHON) -c 'import sys; sys.version_info >= (3, 11) or sys.exit("puna needs Python 3.11 or newer; try make PYTHON=python3.12")'

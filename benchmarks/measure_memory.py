@@ -41,8 +41,10 @@ from puna.parallel.degrees import Degrees
 from puna.parallel.gradients import clip_gradients
 from puna.parallel.job import Job
 from puna.parallel.loss import cross_entropy
-from puna.parallel.mesh import build_mesh
+from puna.parallel.mesh import build_mesh, submesh
+from puna.parallel.pipeline import Pipeline
 from puna.parallel.replicas import micro_batch, unwrap
+from puna.parallel.stages import make_stages
 
 LARGE = Spec(hidden_size=768, num_hidden_layers=12, num_attention_heads=12, num_key_value_heads=4, head_dim=64,
              intermediate_size=2304, vocab_size=32000)  # fmt: skip
@@ -51,18 +53,27 @@ SMALL = Spec(hidden_size=384, num_hidden_layers=6, num_attention_heads=6, num_ke
 TINY = Spec(hidden_size=64, num_hidden_layers=2, num_attention_heads=4, num_key_value_heads=2, head_dim=16,
             intermediate_size=128, vocab_size=128)  # fmt: skip
 TOKENS = 512  # of a sequence
-SHARD2, TP2 = Degrees(dp_shard=2), Degrees(tp=2)
+SHARD2, TP2, PP2 = Degrees(dp_shard=2), Degrees(tp=2), Degrees(pp=2)
+PIPE: dict[str, Any] = {"microbatches": 4}
 # Name: degrees, sequences per rank, settings.
 CASES: dict[str, tuple[Degrees, int, dict[str, Any]]] = {
     "zero 3": (SHARD2, 2, {}),
     "zero 3 full": (SHARD2, 2, {"checkpointing": "full"}),
-    "zero 2": (SHARD2, 2, {"zero": 2}),
-    "zero 2 full": (SHARD2, 2, {"zero": 2, "checkpointing": "full"}),
+    "zero 2": (SHARD2, 1, {"zero": 2}),
+    "zero 2 full": (SHARD2, 1, {"zero": 2, "checkpointing": "full"}),
     "tp 2": (TP2, 2, {}),
     "tp 2 full": (TP2, 2, {"checkpointing": "full"}),
     "copies": (Degrees(dp_replicate=2), 1, {}),
     "zero 3 on 4": (Degrees(dp_shard=4), 1, {}),
-    "dp 2 tp 2": (Degrees(dp_shard=2, tp=2), 2, {}),
+    "zero 3 on 4 full": (Degrees(dp_shard=4), 1, {"checkpointing": "full"}),
+    "dp 2 tp 2": (Degrees(dp_shard=2, tp=2), 1, {}),
+    "dp 2 tp 2 full": (Degrees(dp_shard=2, tp=2), 1, {"checkpointing": "full"}),
+    "pp 2 1f1b": (PP2, 4, PIPE),
+    "pp 2 gpipe": (PP2, 4, {**PIPE, "schedule": "gpipe"}),
+    "pp 2 gpipe full": (PP2, 4, {**PIPE, "schedule": "gpipe", "checkpointing": "full"}),
+    "dp 2 pp 2 zero 2": (Degrees(dp_shard=2, pp=2), 4, {**PIPE, "zero": 2}),
+    "dp 2 pp 2 zero 3": (Degrees(dp_shard=2, pp=2), 4, PIPE),
+    "dp 2 pp 2 zero 3 gpipe": (Degrees(dp_shard=2, pp=2), 4, {**PIPE, "schedule": "gpipe"}),
 }
 LIMIT_S = 300
 ENVIRONMENT = {
@@ -114,14 +125,16 @@ def measure(name: str, small: bool) -> dict[str, float]:
 
 
 def planned_bytes(job: Job) -> float:
-    """The plan's fullest moment, with a CPU's chunks and norms."""
+    """The plan's fullest moment of any rank, with a CPU's chunks and norms."""
     plan.CHUNK_BYTES = 64 * 2**20
     norms = 2 * 4 * job.spec.hidden_size * job.micro_tokens / (job.degrees.tp if job.sequence_parallel else 1)
-    blocks = 1 if job.checkpointing == "full" else job.spec.num_hidden_layers
-    found = plan.moments(job)
-    return max(
-        at.allocated + norms * blocks * (name in ("loss", "loss backward", "backward")) for name, at in found.items()
-    )
+    _, flight = job.pipeline()
+    found = []
+    for rank in range(job.degrees.pp):
+        blocks = job.rank_layers[rank] * flight[rank] if job.checkpointing == "none" else 1
+        for name, at in plan.moments(job, rank).items():
+            found.append(at.allocated + norms * blocks * (name in ("loss", "loss backward", "backward")))
+    return max(found)
 
 
 def work(job: Job, rank: int, folder: Path) -> None:
@@ -129,11 +142,12 @@ def work(job: Job, rank: int, folder: Path) -> None:
     torch.set_num_threads(1)
     store = dist.FileStore(str(folder / "store"), job.degrees.world)
     dist.init_process_group("gloo", store=store, rank=rank, world_size=job.degrees.world)
-    Training(replace(job, spec=TINY)).step()
+    make = PipelinedTraining if job.degrees.pp > 1 else Training
+    make(replace(job, spec=TINY)).step()
     gc.collect()
     zero = status("VmRSS")
-    training = Training(job)
-    for _ in range(2):  # in its second step DDP makes its buckets anew
+    training = make(job)
+    for _ in range(2 if job.degrees.dp_replicate > 1 else 1):  # in its second step DDP makes its buckets anew
         training.step()
     Path("/proc/self/clear_refs").write_text("5")
     training.step()
@@ -147,25 +161,55 @@ class Training:
 
     def __init__(self, job: Job):
         self.job = job
-        options = Options(job.zero, job.sequence_parallel, activation_checkpointing=job.checkpointing)
-        with torch.device("meta"):
-            model = Transformer(job.spec)
-        self.model = parallelize(model, build_mesh(job.degrees, "cpu"), options, seed=0)
-        self.optimizer = torch.optim.AdamW(self.model.parameters(), fused=True)
+        self.options = Options(job.zero, job.sequence_parallel, activation_checkpointing=job.checkpointing)
+        self.mesh = build_mesh(job.degrees, "cpu")
+        self.model = self.build()
+        self.optimizer = torch.optim.AdamW(self.parameters(), fused=True)
         documents = round(job.micro_tokens / TOKENS)
         self.tokens_T = torch.randint(job.spec.vocab_size, (documents * TOKENS,))
         self.positions_T = torch.arange(TOKENS).repeat(documents)
         self.attend = PackedCausal.of([TOKENS] * documents)
 
+    def build(self) -> Any:
+        with torch.device("meta"):
+            model = Transformer(self.job.spec)
+        return parallelize(model, self.mesh, self.options, seed=0)
+
+    def parameters(self) -> list[torch.nn.Parameter]:
+        return list(self.model.parameters())
+
     def step(self) -> None:
+        self.forward_backward()
+        clip_gradients(self.parameters(), 1.0)
+        self.optimizer.step()
+        self.optimizer.zero_grad()
+
+    def forward_backward(self) -> None:
         with micro_batch(self.model, True, self.job.zero):
             hidden_TD = self.model(self.tokens_T, self.positions_T, self.attend)
             loss, _ = cross_entropy(hidden_TD, unwrap(self.model).head_weight, self.tokens_T)
             del hidden_TD
             (loss / self.job.tokens).backward()
-        clip_gradients(self.model.parameters(), 1.0)
-        self.optimizer.step()
-        self.optimizer.zero_grad()
+
+
+class PipelinedTraining(Training):
+    """The same on a rank's stages."""
+
+    def build(self) -> Any:
+        pp = submesh(self.mesh, "pp")
+        assert pp is not None
+        job = self.job
+        stages = make_stages(job.spec, job.schedule, pp.get_local_rank(), pp.size(), job.stages_per_rank)
+        for stage in stages:
+            parallelize(stage, self.mesh, self.options, seed=0)
+        return Pipeline(stages, pp, job.schedule, torch.device("cpu"))
+
+    def forward_backward(self) -> None:
+        def loss(_: int, hidden_TD: torch.Tensor) -> torch.Tensor:
+            head = self.model.stages[self.model.total - 1].head_weight
+            return cross_entropy(hidden_TD, head, self.tokens_T)[0] / self.job.tokens
+
+        self.model.step([(self.tokens_T, self.positions_T, self.attend)] * self.job.microbatches, loss)
 
 
 def status(name: str) -> int:

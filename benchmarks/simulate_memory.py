@@ -1,12 +1,12 @@
 """`puna plan`'s memory against a simulation: puna's own training step on fake tensors, as one rank of many runs it.
 
-    PUNA_NATIVE=0 python benchmarks/simulate_memory.py [--case NAME ...] [--out RESULT.json]
+    PUNA_NATIVE=0 python benchmarks/simulate_memory.py [--case NAME ...] [--layers 4 6] [--out RESULT.json]
 
 The mesh is real (a process group that sends nothing), the model is cut by `parallelize`, and torch's FSDPMemTracker
-adds up what every storage would hold: no memory is used, 405B takes seconds. A run of 4 and one of 6 layers give what a
-layer adds (with 2, no block is gathered ahead while another works, and none waits to be reduced: the peak is lower),
-and that times the rest is added to every moment of the step. The step is the trainer's: forward, chunked cross-entropy,
-backward, clipping, fused AdamW. One comes first, so that optimizer states are there.
+adds up what every storage would hold: no memory is used, 405B takes seconds. A run of 4 and one of 6 layers (--layers;
+3 and 4 give the same) tell what a layer adds, and that times the rest is added to every moment of the step. With 2, no
+block is gathered ahead while another works, and none waits to be reduced: the peak is lower. The step is the trainer's:
+forward, chunked cross-entropy, backward, clipping, fused AdamW. One comes first, so that optimizer states are there.
 
 Two things are made as on a GPU: the norm keeps its input and a scale per token (a CPU build of torch has no fused
 norm), and a chunk of logits is a GPU's. The plan's figure is without what a GPU's allocator and context add
@@ -52,10 +52,6 @@ from puna.parallel.memory import moments
 from puna.parallel.mesh import build_mesh
 from puna.parallel.replicas import micro_batch
 
-FEW, MORE = (
-    4,
-    6,
-)  # layers of the two runs: with 2, the next block is not gathered while one works, and the peak is lower
 MOMENTS = ("loss", "loss backward", "backward", "reduction", "step")
 
 
@@ -98,17 +94,20 @@ CASES = {
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--case", action="append", choices=[*CASES], help="default: all")
+    parser.add_argument("--layers", type=int, nargs=2, default=(4, 6), help="of the two runs; 3 or more")
     parser.add_argument("--out", type=Path)
     options = parser.parse_args()
-    found = {name: compare(CASES[name]) for name in options.case or CASES}
+    found = {name: compare(CASES[name], *options.layers) for name in options.case or CASES}
     print(card(found))
     if options.out:
-        options.out.write_text(json.dumps({"torch": torch.__version__, "cases": found}, indent=1) + "\n")
+        about = {"torch": torch.__version__, "layers": options.layers}
+        options.out.write_text(json.dumps({**about, "cases": found}, indent=1) + "\n")
 
 
-def compare(job: Job) -> dict[str, Any]:
+def compare(job: Job, few: int, more: int) -> dict[str, Any]:
     """{"simulated", "planned": bytes by moment, "error": planned / simulated - 1 of the largest}."""
-    simulated = whole_depth(simulate(shallow(job, FEW)), simulate(shallow(job, MORE)), job.spec.num_hidden_layers)
+    runs = {layers: simulate(shallow(job, layers)) for layers in (few, more)}
+    simulated = whole_depth(runs, job.spec.num_hidden_layers)
     plan = moments(job)
     planned = {name: at.allocated for name, at in plan.items()}
     planned |= {"weights": plan["step"].weights, "optimizer": plan["step"].optimizer}
@@ -120,9 +119,10 @@ def shallow(job: Job, layers: int) -> Job:
     return replace(job, spec=job.spec.replace(num_hidden_layers=layers, sliding_windows=()))
 
 
-def whole_depth(few: dict[str, float], more: dict[str, float], layers: int) -> dict[str, float]:
-    """Linear in the layers."""
-    return {name: more[name] + (more[name] - few[name]) * (layers - MORE) / (MORE - FEW) for name in more}
+def whole_depth(runs: dict[int, dict[str, float]], layers: int) -> dict[str, float]:
+    """Linear in the layers, from runs with two numbers of them."""
+    few, more = runs
+    return {name: held + (held - runs[few][name]) * (layers - more) / (more - few) for name, held in runs[more].items()}
 
 
 def simulate(job: Job) -> dict[str, float]:

@@ -122,6 +122,37 @@ def test_pipeline_ranks_hold_their_own() -> None:
     assert [rank.loss > 0 for rank in folded] == [True, False]  # a V ends where it begins
 
 
+def test_a_pipeline_cuts_nothing_after_a_backward_pass() -> None:
+    job = Job(SPEC, Degrees(dp_shard=2, pp=2), 64, 16, microbatches=4, dtype="float32")
+    for rank in (0, 1):
+        three, two, one = (moments(replace(job, zero=zero), rank) for zero in (3, 2, 1))
+        assert one == two  # gradients are summed whole with both
+        whole = 4 * SPEC.num_params() / 2  # of half of the model: bytes of its weights, and of its gradients
+        assert two["backward"].unsharded == 2 * whole
+        assert three["backward"].unsharded == 2 * whole  # the last of its two blocks, when the other is through
+        assert two["reduction"].unsharded == 2 * whole + 4 * job.table_params
+    deep = replace(job, spec=SPEC.replace(num_hidden_layers=16, sliding_windows=()), seq_len=4096)
+    many, few = (moments(replace(deep, zero=zero))["backward"].unsharded for zero in (2, 3))
+    assert many - few == 6 * 4 * deep.layer_params  # eight blocks, of which two are whole at most in flight
+
+
+def test_what_gpipe_holds_until_its_backward_passes() -> None:
+    """Its head's rank has made all losses before: each keeps the gradients of head and hidden states."""
+    job = Job(SPEC, Degrees(pp=2), 64, 8, microbatches=8, schedule="gpipe", dtype="float32")
+    held, one = (moments(replace(job, schedule=name), 1)["loss"] for name in ("gpipe", "1f1b"))
+    assert held.loss - one.loss == 7 * 4 * (job.table_params + job.micro_tokens * SPEC.hidden_size)
+    assert held.idle == 4 * SPEC.num_params() / 2  # and no gradients yet
+    assert moments(job, 1)["backward"].loss == held.loss - one.loss
+
+
+def test_a_stage_has_a_place_for_what_each_microbatch_brings() -> None:
+    job = Job(SPEC, Degrees(pp=2), 64, 64, microbatches=4, dtype="float32")
+    stream = 64 * SPEC.hidden_size * 4
+    for rank in (0, 1):  # the first gets gradients, the last hidden states
+        few, many = (moments(replace(job, microbatches=n, batch_size=n), rank)["step"] for n in (4, 16))
+        assert many.activations - few.activations == 12 * stream
+
+
 @pytest.mark.parametrize("schedule", ["gpipe", "1f1b", "interleaved", "zbv", "dualpipev"])
 def test_the_peak_is_the_fullest_rank(schedule: str) -> None:
     stages = 1 if schedule in ("gpipe", "1f1b") else 2

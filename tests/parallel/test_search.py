@@ -101,3 +101,21 @@ def test_changes_say_what_they_give_back() -> None:
     assert selective.tokens_per_second == throughput(after, H100).tokens_per_second
     assert found["--train.micro_batch_size 1"].fits
     assert all(change.saved > 0 for change in found.values())
+
+
+def test_traffic_of_zero_with_microbatches_and_in_a_pipeline() -> None:
+    """replicas.py's table; in a pipeline 4 blocks and 4 microbatches were counted: 21 gathers of zero 3, 5 of zero 2."""
+    spec = SPECS["8b"].replace(num_hidden_layers=4, sliding_windows=())
+    flat = Job(spec, Degrees(dp_shard=2), 1024, 8, 4, dtype="float32")
+    gathered, reduced = {}, {}
+    for zero in (1, 2, 3):
+        traffic = throughput(dataclasses.replace(flat, zero=zero), H100).traffic
+        gathered[zero], reduced[zero] = traffic["all-gather"], traffic["reduce-scatter"]
+    assert (gathered[2] / gathered[1], gathered[3] / gathered[1]) == (4, 8)
+    assert (reduced[2] / reduced[1], reduced[3] / reduced[1]) == (4, 4)
+    piped = dataclasses.replace(flat, degrees=Degrees(dp_shard=2, pp=2), batch_size=8)
+    three, two, one = (throughput(dataclasses.replace(piped, zero=zero), H100).traffic for zero in (3, 2, 1))
+    assert two == one
+    assert three["reduce-scatter"] == two["reduce-scatter"]
+    half = 4 / 2 * piped.layer_params * 2  # of two blocks, what a rank sends in one gather in fp32
+    assert three["all-gather"] - two["all-gather"] == 4 * half  # M + 1 instead of one, the tables once with both

@@ -19,7 +19,8 @@ CASES = ("8b full", "8b zero 2 twice", "8b one", "70b dp 8 tp 8")
 def found(tmp_path_factory: pytest.TempPathFactory) -> dict:
     out = tmp_path_factory.mktemp("simulation") / "found.json"
     words = [word for case in CASES for word in ("--case", case)]
-    done = subprocess.run([sys.executable, PROGRAM, *words, "--out", out], capture_output=True, text=True, timeout=240)
+    command = [sys.executable, PROGRAM, *words, "--layers", "3", "4", "--out", out]
+    done = subprocess.run(command, capture_output=True, text=True, timeout=240)
     assert done.returncode == 0, done.stderr[-4000:]
     return json.loads(out.read_text())["cases"]
 

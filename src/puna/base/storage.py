@@ -8,7 +8,7 @@ import json
 import os
 import shutil
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
 
@@ -123,10 +123,17 @@ def sha256_file(path: Path) -> str:
 def disk_error(error: OSError, target: Path) -> PunaError:
     """Turn a failed write into a message with the numbers a person needs."""
     if error.errno in (errno.ENOSPC, errno.EDQUOT):
-        existing = next((p for p in (target, *target.parents) if p.exists()), Path("/"))
-        free = size(shutil.disk_usage(existing).free)
+        free = _free_space(target)
         return PunaError(
             f"the disk is full while writing {target} ({free} free)",
             "free some space or choose another --out; files that were already complete are untouched",
         )
     return PunaError(f"cannot write {target}: {error.strerror or error}", "check the path and its permissions")
+
+
+def _free_space(path: Path) -> str:
+    """Of the disk that `path` is or would be on; another rank may be removing its folders meanwhile."""
+    for place in (path, *path.parents):
+        with suppress(FileNotFoundError):
+            return size(shutil.disk_usage(place).free)
+    return "an unknown number of bytes"

@@ -4,8 +4,10 @@ A job's ranks meet at a key-value store in rank 0. torchrun's own store outlives
 ranks' addresses (pytorch #135712, #167288), so it only says where the new one is: a store that answers is of ranks
 that live.
 
-    a rank fails   -> writes `failed` -> every rank's watch sees it -> rank 0 says it -> all leave, within seconds
-    rank 0 is gone -> the watches' connections break -> all leave
+    a rank is killed -> its neighbours miss its process -> write `failed` for it
+    a rank fails     -> writes `failed` -> every rank's watch sees it -> rank 0 says it -> all leave, within seconds
+    rank 0 is gone   -> the watches' connections break -> all leave
+    torchrun dies    -> its ranks have another parent -> they leave: nobody would ever end them, and a new job begins
 
 Nothing here compares clocks of two machines.
 """
@@ -14,6 +16,7 @@ from __future__ import annotations
 
 import json
 import os
+import socket
 import threading
 import time
 from collections.abc import Iterator, Mapping
@@ -67,9 +70,14 @@ class Meeting:
         self._spoken = threading.Lock()  # held by whoever tells this rank's person what went wrong
         self._leaving, self._heard = threading.Event(), threading.Event()
         self._failure = PunaError("")
+        self._torchrun = os.getppid() if "TORCHELASTIC_RUN_ID" in os.environ else None
         self._watcher = threading.Thread(target=self._watch, name="puna-watch", daemon=True)
+        self._neighbours: dict[int, int] = {}
+        if self._torchrun:
+            threading.Thread(target=self._watch_torchrun, name="puna-parent", daemon=True).start()
         if self.place.size > 1:
             self.store = self._meet(patience)
+            self.store.set(f"process/{self.place.rank}", str(os.getpid()))
             self._watcher.start()
 
     def agree(self, name: str, value: str, hint: str) -> None:
@@ -115,11 +123,12 @@ class Meeting:
 
     def leave(self) -> None:
         """The orderly end: the store goes when every rank has left it."""
+        self._leaving.set()
         if self.place.size == 1:
             return
-        self._leaving.set()
         self._watcher.join()
         with suppress(*_LOST):
+            self.store.set(f"left/{self.place.rank}", "")
             if self.store.add("left", 1) == self.place.size:
                 self.store.set("all-left", "")
             if self.place.rank == 0:
@@ -136,7 +145,14 @@ class Meeting:
                 what = "cannot serve at" if place.rank == 0 else "finds nobody at"
                 raise PunaError(f"rank {place.rank} {what} {host}:{port}: {_first_line(error)}",
                                 "check --master_addr and --master_port, and that rank 0 runs") from error  # fmt: skip
-        agent = TCPStore(host, port, is_master=False, timeout=timeout)
+        try:  # it is there before any rank is
+            agent = TCPStore(host, port, is_master=False, timeout=timedelta(seconds=min(30.0, patience)))
+        except _LOST as error:
+            raise PunaError(
+                f"torchrun does not answer at {host}:{port}: {_first_line(error)}",
+                "look whether it has died, and whether this node can reach that address",
+            ) from error
+        agent.set_timeout(timeout)
         if place.rank == 0:
             store = TCPStore(host, 0, place.size, True, timeout, wait_for_workers=False)
             self._port = store.port
@@ -146,10 +162,12 @@ class Meeting:
         while True:
             self._port = int(agent.get("puna/store"))
             try:
+                socket.create_connection((host, self._port), 5.0).close()  # a store's client would ask for 5 s and more
                 return self._connect(5.0, patience)
-            except _LOST as error:  # the address of a rank 0 that was restarted: the new one comes soon
+            except (OSError, *_LOST) as error:  # the address of a rank 0 that was restarted: the new one comes soon
                 if time.monotonic() > deadline:
                     raise PunaError(f"rank 0 did not answer within {patience:.0f} s", "look at its log") from error
+                self._leaving.wait(LOOK / 10)
 
     def _connect(self, wait: float, timeout: float) -> Store:
         store = TCPStore(os.environ["MASTER_ADDR"], self._port, is_master=False, timeout=timedelta(seconds=wait))
@@ -196,6 +214,7 @@ class Meeting:
         try:
             store = self._connect(MEET, MEET)
             while not self._leaving.wait(LOOK):
+                self._look_for_dead(store)
                 if store.check(["failed"]):
                     self._failure = _read_failure(store.get("failed"))
                     self._heard.set()  # the main thread finds it as the reason why its collective broke
@@ -210,6 +229,36 @@ class Meeting:
             if not self._failure.told:
                 print_error(self._failure)
             os._exit(2)  # the main thread is stuck in a collective without its partner
+
+    def _look_for_dead(self, store: Store) -> None:
+        """A killed rank writes nothing, and who waits for it outside of a collective would wait long."""
+        first = self.place.rank - self.place.local_rank
+        for rank in range(first, first + self.place.local_size) if self._torchrun else ():
+            if rank not in self._neighbours and store.check([f"process/{rank}"]):
+                self._neighbours[rank] = int(store.get(f"process/{rank}"))
+            if not _exists(self._neighbours.get(rank, 0)) and not store.check([f"left/{rank}"]):
+                hint = "torchrun names the signal below; SIGKILL is often the kernel, out of memory (see dmesg)"
+                store.compare_set("failed", "", json.dumps([rank, "its process is gone", hint]))
+
+    def _watch_torchrun(self) -> None:
+        """End at once without it: while this rank still writes a save, the job that takes its place may begin one."""
+        while not self._leaving.wait(LOOK):
+            if os.getppid() != self._torchrun:
+                if self.place.local_rank == 0:
+                    print_error(
+                        PunaError("torchrun has died, and its ranks end with it", "start the same command again")
+                    )
+                os._exit(2)
+
+
+def _exists(process: int) -> bool:
+    """Of this machine; 0 stands for one not known yet."""
+    with suppress(PermissionError):
+        try:
+            os.kill(process, 0)
+        except ProcessLookupError:
+            return False
+    return True
 
 
 def _first_line(error: Exception) -> str:

@@ -4,11 +4,17 @@ Per parameter (ZeRO, Rajbhandari et al. 2020, arXiv:1910.02054, section 5; puna 
 
     weights 4 / N        gradients 4 / N        moments 8 / N        (FSDP at every stage; all fp32)
     zero 2: + c for a copy of all weights in the arithmetic's dtype, kept between forward and backward
-    zero 1: the same, and + 4 for gradients that are summed whole over several microbatches, as under a pipeline
+    zero 1: the same, and + 4 for gradients that are summed whole over several microbatches
     copies (DDP): 4 + 4 + 8, + 4 for the buckets that travel, + c for autocast's copies of the blocks
 
 FSDP holds two blocks' weights whole at a time (the one in use and the next), the fp32 gradients of the block before
 while they are reduced, and embedding and head, its root group, from the forward pass to the end of the backward pass.
+
+Under a pipeline torch reduces once a step and cuts nothing after a backward pass: zero 2 is zero 1, and under zero 3 a
+backward pass leaves its blocks whole until the next forward pass has been through them. The first backward pass finds
+no gradients and the most microbatches; those after it find whole gradients, and as many microbatches only where a
+forward pass came between (not in GPipe). A stage also holds what it sent on, and a place for each microbatch that it
+gets from its neighbours, forward and back; in GPipe the head's rank holds the head's gradient of every microbatch.
 
 Activations of one block per token, in numbers (Korthikanti et al. 2022, arXiv:2205.05198, section 4, redone for SwiGLU,
 GQA and flash attention, which keeps no T x T; s is tp under sequence parallelism, else 1):
@@ -86,9 +92,11 @@ def memory(job: Job) -> list[Memory]:
 
 
 def peak(job: Job) -> Memory:
-    """The fullest rank's: the first (most in flight), the first with the most layers, or the one with the head."""
+    """The fullest rank's: the first (most in flight), the first with the most layers, the one with the head, or in a V,
+    where all have as many in flight, one with neighbours on both sides."""
     _, flight = job.pipeline()
-    ranks = {0, job.rank_layers.index(max(job.rank_layers)), job.head_rank}
+    last = job.degrees.pp - 1
+    ranks = {0, min(1, last), last, job.rank_layers.index(max(job.rank_layers)), job.head_rank}
     return max((_rank_memory(job, rank, flight[rank]) for rank in ranks), key=lambda found: found.total)
 
 
@@ -153,6 +161,11 @@ def _hidden_bytes(job: Job) -> float:
     return job.micro_tokens * job.spec.hidden_size * job.width
 
 
+def _turns(blocks: int) -> list[int]:
+    """How many blocks are through their backward pass when there may be most: none, one, all but the last."""
+    return sorted({0, min(1, blocks), max(0, blocks - 1)})
+
+
 class _Rank:
     """One pipeline rank's parts of the sums. Bytes, on this rank, where not said otherwise."""
 
@@ -165,7 +178,7 @@ class _Rank:
         self.has_head = rank == job.head_rank
         stages = job.stages_per_rank if job.degrees.pp > 1 else 1
         self.kept_blocks = flight * self.layers / stages
-        self.outputs = flight if job.degrees.pp > 1 else 0  # a stage keeps what it sent on, to start its backward from
+        self.rank, self.flight, self.stages = rank, flight, stages
 
     @cached_property
     def fsdp(self) -> bool:
@@ -199,26 +212,29 @@ class _Rank:
 
     @cached_property
     def accumulates(self) -> bool:
-        """Are gradients summed whole over the microbatches of a step?"""
-        whole = self.job.zero == 1 or self.job.degrees.pp > 1
-        return self.fsdp and whole and self.job.microbatches > 1
+        """Are gradients summed whole over the microbatches of a step, without a pipeline?"""
+        return self.fsdp and self.job.zero == 1 and self.job.microbatches > 1
 
     def moments(self) -> Iterator[tuple[str, Memory]]:
         """In the order of a step. Backward: its first block, its second, or its last has most there."""
-        kept = self.kept_blocks * self.block + (self.outputs + 1) * self.stream
+        if self.job.degrees.pp > 1:
+            yield from self._piped()
+            return
+        kept = self.kept_blocks * self.block + self.stream
         if self.has_head:
             hidden = _hidden_bytes(self.job) + self.autocast * self.stream
             yield "loss", self._at(self._whole() + self._cached(), kept + hidden, loss=loss_bytes(self.job))
             if self.job.loss == "chunked":
                 yield "loss backward", self._at(self._whole(), kept, loss=self._loss_backward())
-        for done in sorted({0, min(1, self.layers), max(0, self.layers - 1)}):
+        for done in _turns(self.layers):
             yield "backward", self._backward(done)
         yield "reduction", self._at(self._reduced(), self.stream, 4 * self.own / self.n)
         yield "step", self._at(0.0, 0.0, 4 * self.own / self.n)
 
     def _at(self, whole: float, kept: float, gradients: float = 0.0, working: float = 0.0, loss: float = 0.0) -> Memory:
         own = self.own / self.n
-        idle = 0.0 if self.job.microbatches > 1 and not self.accumulates else 4 * own - gradients
+        stay = self.job.microbatches > 1 and not self.accumulates and self.job.degrees.pp == 1
+        idle = 0.0 if stay else 4 * own - gradients
         if not self.fsdp and self.job.degrees.data > 1:
             whole += 4 * self.own  # DDP's buckets
         static, host = (4 * own, 4 * own, 8 * own), 0.0
@@ -258,8 +274,56 @@ class _Rank:
             whole += head + 2 * self.c * self.layer * (self.job.zero == 3)
         else:
             gradients += head
-        kept = max(0.0, self.kept_blocks - done) * self.block + self.outputs * self.stream
+        kept = max(0.0, self.kept_blocks - done) * self.block
         return self._at(whole, kept, gradients, self._working())
+
+    def _piped(self) -> Iterator[tuple[str, Memory]]:
+        """A pipeline's: the first backward pass, one after a forward pass, and one after another backward pass."""
+        micro = self.job.microbatches
+        losses = micro if self.has_head and self.job.schedule == "gpipe" else 1
+        yield from self._turn(self.flight, True, True, losses)
+        if self.flight < micro * self.stages:
+            yield from self._turn(self.flight, False, True, 1)
+        if self.flight > 1:
+            yield from self._turn(self.flight - 1, False, False, max(1, losses - 1))
+        own = 4 * self.own / self.n
+        if self.fsdp:  # the root group is the first: its gradients, all of them whole, and on their way
+            moving = 4 * (self.tables or self.layer)
+            yield "reduction", self._at((self.c + 4) * self.own + moving, self._places(0), own)
+        yield "step", self._at(0.0, self._places(0), own)
+
+    def _turn(self, flight: int, first: bool, cut: bool, losses: int) -> Iterator[tuple[str, Memory]]:
+        """Backward of one microbatch of `flight`; `first`: no gradients yet; `cut`: a forward pass was before it.
+
+        `losses`: microbatches whose loss holds the head's gradient and the hidden states'.
+        """
+        share = self.layers / self.stages
+        kept = flight * (share * self.block + self.stream) + self._places(flight)
+        others = (losses - 1) * (_head_bytes(self.job, 4) + _hidden_bytes(self.job))
+        if self.has_head:
+            whole, made = self._stage(0, first, cut, 0.0)
+            if cut:
+                hidden = self.stream + _hidden_bytes(self.job)
+                yield "loss", self._at(whole, kept + hidden, made, loss=loss_bytes(self.job) + others)
+            yield "loss backward", self._at(whole, kept, made, loss=self._loss_backward() + others)
+        for done in _turns(round(share)):
+            whole, made = self._stage(done, first, cut, _head_bytes(self.job, 1) * self.has_head)
+            yield "backward", self._at(whole, kept - done * self.block, made, self._working(), others)
+
+    def _stage(self, done: int, first: bool, cut: bool, head: float) -> tuple[float, float]:
+        """(weights and whole gradients, gradients that are there to stay); `head`: parameters with a new gradient."""
+        if not self.fsdp:
+            return self._whole(done), 4 * (done * self.layer + head) if first else 4 * self.own
+        # One block in use and the next; those that are through stay.
+        blocks = min(self.layers, done + 2) if cut and self.job.zero == 3 else self.layers
+        made = 4 * done * self.layer + self.c * head if first else 4 * self.own + _low(self.job) * head
+        return self.c * (self.tables + blocks * self.layer) + made, 0.0
+
+    def _places(self, flight: int) -> float:
+        """For what neighbours send, of each microbatch: hidden states beside those in flight, and gradients."""
+        stages, micro = self.stages, self.job.microbatches
+        inputs = max(0, micro * (stages - (self.rank == 0)) - flight)
+        return (inputs + micro * (stages - self.has_head)) * self.stream
 
     def _working(self) -> float:
         """What checkpointing computes again, and gradients of a block's widest tensors and weight."""

@@ -95,15 +95,22 @@ def _micro_sizes(degrees: Degrees, make: Make) -> list[int]:
 def _fitting(degrees: Degrees, make: Make, gpu: Machine) -> Iterator[Candidate]:
     """Jobs of one mesh that fit, small microbatches first; what one does not fit, a larger one does not either."""
     for micro in _micro_sizes(degrees, make):
-        try:
-            job = make(degrees, micro, "none")
-        except PunaError:  # this schedule cannot take that many microbatches
+        jobs = [job for mode in CHECKPOINTING if (job := _made(make, degrees, micro, mode))]
+        if not jobs:  # this schedule cannot take that many microbatches
             continue
-        jobs = (replace(job, checkpointing=mode) for mode in CHECKPOINTING)  # each further one only computes more again
+        # Each further mode only computes more again.
         fit = next(((one, found) for one in jobs if (found := peak(one)).total <= SPARE * gpu.memory), None)
         if fit is None:
             return
         yield Candidate(*fit, throughput(fit[0], gpu))
+
+
+def _made(make: Make, degrees: Degrees, micro: int, mode: str) -> Job | None:
+    """The job, or None where it is refused."""
+    try:
+        return make(degrees, micro, mode)
+    except PunaError:
+        return None
 
 
 def _speed(candidate: Candidate) -> float:
@@ -113,7 +120,9 @@ def _speed(candidate: Candidate) -> float:
 def _alternatives(job: Job, gpu: Machine, make: Make) -> Iterator[tuple[str, Job]]:
     degrees = job.degrees
     for mode in CHECKPOINTING[CHECKPOINTING.index(job.checkpointing) + 1 :]:
-        yield f"--train.activation_checkpointing {mode}", replace(job, checkpointing=mode)
+        micro = job.batch_size // degrees.data // job.microbatches
+        if (less := _made(make, degrees, micro, mode)) is not None:
+            yield f"--train.activation_checkpointing {mode}", less
     if degrees.shards > 1:
         wrong = degrees.pp > 1 and job.schedule in SPLIT_BACKWARD  # zero 3 under these: degrees.check_degrees
         for zero in range(job.zero + 1, 3 if wrong else 4):

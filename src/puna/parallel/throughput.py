@@ -205,18 +205,24 @@ def _sharding(job: Job, gpu: Machine, tables: int) -> tuple[float, dict[str, flo
     """FSDP's and DDP's collectives of a step, on the fullest pipeline rank: seconds if nothing hid them, and bytes.
 
     zero 3 gathers every block's weights before its forward and its backward pass, of every microbatch; zero 2 once a
-    step. Gradients are reduced in fp32 for every microbatch, in a pipeline once a step. float8 gathers single bytes.
+    microbatch, zero 1 once a step. Gradients are reduced in fp32 for every microbatch, with zero 1 once a step. In a
+    pipeline zero 2 is zero 1, and zero 3 reduces once a step, too: there a block stays whole from a backward pass to
+    the end of the next forward pass, so each pass gathers it that follows a forward pass or is the first: M + 1 of the
+    2 M, whatever the schedule. float8 gathers single bytes.
     """
     degrees, layers = job.degrees, max(job.rank_layers)
     layer, table = job.layer_params / degrees.tp, tables * job.table_params / degrees.tp
     stride = degrees.tp
-    rounds = 1 if degrees.pp > 1 else job.microbatches
-    gathers = (2 * rounds if job.zero == 3 else 1) if degrees.shards > 1 else 0
+    micro, once = job.microbatches, degrees.pp > 1 or job.zero == 1
+    rounds = 1 if once else micro
+    passes = (micro + 1 if degrees.pp > 1 else 2 * micro) if job.zero == 3 else rounds
+    gathers = passes if degrees.shards > 1 else 0
+    roots = min(gathers, 1) if once else gathers  # embedding and head: whole from the first pass to the last
     width = 1 if job.float8 and "float8" in gpu.peak else job.width
     gradients = 4 * (layers * layer + table)
     sent, copied = 1 - 1 / degrees.shards, 1 - 1 / degrees.dp_replicate
     traffic = {
-        "all-gather": sent * gathers * (layers * layer * width + table * job.width),
+        "all-gather": sent * (gathers * layers * layer * width + roots * table * job.width),
         "reduce-scatter": sent * rounds * gradients,
         "all-reduce": 2 * copied * gradients / degrees.shards,
     }
@@ -224,11 +230,9 @@ def _sharding(job: Job, gpu: Machine, tables: int) -> tuple[float, dict[str, flo
     def seconds(size: float) -> float:
         return collective_seconds(gpu, degrees.shards, stride, size)
 
-    total = gathers * (layers * seconds(layer * width) + seconds(table * job.width))
+    total = gathers * layers * seconds(layer * width) + roots * seconds(table * job.width)
     total += rounds * (layers * seconds(4 * layer) + seconds(4 * table))
     total += 2 * collective_seconds(gpu, degrees.dp_replicate, stride * degrees.shards, gradients / degrees.shards)
-    if job.zero == 1 and degrees.shards > 1:  # reduce all gradients, update a part, gather all weights in fp32
-        total += seconds(gradients)
     return total, traffic
 
 

@@ -164,6 +164,9 @@ def _start(meeting: Meeting, device: torch.device, settings: Settings) -> None:
     os.environ.setdefault("TORCH_FR_BUFFER_SIZE", "2000")
     os.environ.setdefault("TORCH_NCCL_DUMP_ON_TIMEOUT", "1")
     os.environ.setdefault("TORCH_FR_DUMP_TEMP_FILE", str(settings.flight / "nccl-rank-"))
+    if backend == "nccl":  # which writes only into a folder that is there
+        with suppress(OSError):
+            settings.flight.mkdir(parents=True, exist_ok=True)
     # torch 2.13 renamed two collectives; FSDP2 itself still calls them by the names that 2.11 knows.
     warnings.filterwarnings("ignore", r"`torch\.distributed\.\w+` is deprecated", FutureWarning)
     place = meeting.place
