@@ -53,7 +53,16 @@ def test_heads_and_lengths() -> None:
     six = SPEC.replace(num_attention_heads=12, num_key_value_heads=6)
     refused("num_key_value_heads 6 neither", "--parallel.tp 1, 2, 3, 6, 12", tp=4, spec=six)
     refused("data.seq_len 62 / cp 1 is not divisible by tp 4", "--data.seq_len 60", seq_len=62, tp=4)
-    refused("data.seq_len 62 is not divisible by cp 4", "--data.seq_len 60", seq_len=62, cp=4)
+    refused(
+        "data.seq_len 60 is not divisible by 8, the chunks of cp 4 by allgather", "--data.seq_len 56", seq_len=60, cp=4
+    )
+    refused(
+        "data.seq_len 62 is not divisible by 4, the chunks of cp 4 by ulysses",
+        "--data.seq_len 60",
+        seq_len=62,
+        cp=4,
+        cp_method="ulysses",
+    )
     refused("ulysses deals out heads, and 4", "allgather", world=16, tp=2, cp=8, cp_method="ulysses")
     refused("cp_method 'zigzag'", "allgather", cp_method="zigzag")
     assert resolve(section(tp=8), 8, SPEC, 64, 16).tp == 8  # 4 kv heads on 8 ranks: replicated
@@ -96,12 +105,23 @@ def test_tied_weights_stay_on_one_stage() -> None:
     ],
 )
 def test_split_backward_wants_plain_blocks(schedule: str, mode: str, compiled: bool, message: str, hint: str) -> None:
+    two = Degrees(pp=2)
     with pytest.raises(PunaError, match=f"{schedule} with .*{message}") as error:
-        check_passes(section(pp=2, pp_schedule=schedule), mode, compiled)
+        check_passes(section(pp_schedule=schedule), two, "bfloat16", mode, compiled)
     assert hint in error.value.hint
-    check_passes(section(pp=2, pp_schedule=schedule), "none", False)  # each hint, followed
-    check_passes(section(pp=2, pp_schedule="interleaved"), mode, compiled)
-    check_passes(section(pp_schedule=schedule), mode, compiled)  # no pipeline: the schedule does not matter
+    check_passes(section(pp_schedule=schedule), two, "bfloat16", "none", False)  # each hint, followed
+    check_passes(section(pp_schedule="interleaved"), two, "bfloat16", mode, compiled)
+    check_passes(section(pp_schedule=schedule), Degrees(tp=2), "bfloat16", mode, compiled)  # no pipeline: no schedule
+
+
+def test_passes_that_do_not_go_with_ranks() -> None:
+    with pytest.raises(PunaError, match="float16 needs loss scaling, which is not built for 2 ranks"):
+        check_passes(section(), Degrees(dp_shard=2), "float16", "none", False)
+    check_passes(section(), Degrees(), "float16", "none", False)
+    for changes, compiled in (({}, True), ({"sequence_parallel": False}, False)):
+        with pytest.raises(PunaError, match="async_tp with"):
+            check_passes(section(async_tp=True, **changes), Degrees(tp=2), "float32", "none", compiled)
+    check_passes(section(async_tp=True), Degrees(tp=2), "float32", "none", False)
 
 
 def test_microbatches() -> None:

@@ -30,6 +30,8 @@ class Section(Protocol):
     @property
     def sequence_parallel(self) -> bool: ...
     @property
+    def async_tp(self) -> bool: ...
+    @property
     def pp_schedule(self) -> str: ...
     @property
     def pp_microbatches(self) -> int: ...
@@ -91,10 +93,23 @@ def check_degrees(section: Section, degrees: Degrees, spec: Spec, seq_len: int, 
         )
 
 
-def check_passes(section: Section, activation_checkpointing: str, compile: bool) -> None:
-    """Refuse what cannot run under a schedule that takes the gradients of weights apart from those of inputs."""
-    if section.pp == 1 or section.pp_schedule not in SPLIT_BACKWARD:
-        return
+def check_passes(section: Section, degrees: Degrees, dtype: str, activation_checkpointing: str, compile: bool) -> None:
+    """Refuse arithmetic and passes over the blocks that do not go with these degrees."""
+    if degrees.world > 1 and dtype == "float16":
+        raise PunaError(f"float16 needs loss scaling, which is not built for {degrees.world} ranks",
+                        "use --train.dtype bfloat16")  # fmt: skip
+    if section.async_tp and degrees.tp > 1 and (compile or not section.sequence_parallel):
+        raise PunaError(
+            f"async_tp with sequence_parallel {section.sequence_parallel} and compile {compile}: it needs a residual "
+            "stream that is cut by tokens, and torch.compile cannot trace its ring",
+            "use --parallel.async_tp false, or sequence_parallel true and --train.compile false",
+        )
+    if degrees.pp > 1 and section.pp_schedule in SPLIT_BACKWARD:
+        _check_split_backward(section, activation_checkpointing, compile)
+
+
+def _check_split_backward(section: Section, activation_checkpointing: str, compile: bool) -> None:
+    """These schedules take the gradients of weights apart from those of inputs."""
     hint = "or --parallel.pp_schedule interleaved, whose backward pass is whole"
     troubles = {
         "selective": "torch goes back only once through a block checkpointed so, the schedule goes twice",
@@ -202,9 +217,12 @@ def _check_context(section: Section, degrees: Degrees, spec: Spec, seq_len: int)
     cp, heads = degrees.cp, spec.num_attention_heads // degrees.tp
     if section.cp_method not in CP_METHODS:
         raise PunaError(f"cp_method {section.cp_method!r} is not one puna knows", f"methods: {', '.join(CP_METHODS)}")
-    if seq_len % cp:
-        raise PunaError(f"data.seq_len {seq_len} is not divisible by cp {cp}",
-                        f"use --data.seq_len {max(1, seq_len // cp) * cp}")  # fmt: skip
+    chunks = cp if section.cp_method == "ulysses" or cp == 1 else 2 * cp  # else a rank has one early and one late chunk
+    if seq_len % chunks:
+        raise PunaError(
+            f"data.seq_len {seq_len} is not divisible by {chunks}, the chunks of cp {cp} by {section.cp_method}",
+            f"use --data.seq_len {max(1, seq_len // chunks) * chunks}",
+        )
     if section.cp_method == "ulysses" and heads % cp:
         raise PunaError(f"ulysses deals out heads, and {heads} per tensor-parallel rank are not divisible by cp {cp}",
                         "use --parallel.cp_method allgather or ring")  # fmt: skip

@@ -11,7 +11,7 @@ from typing import Any
 from puna.base.config import build, read_toml
 from puna.base.console import PunaError, count, duration, size, table
 from puna.model.spec import Spec
-from puna.parallel.degrees import Degrees, check_degrees, microbatches, resolve, stages_per_rank
+from puna.parallel.degrees import Degrees, check_degrees, check_passes, microbatches, resolve, stages_per_rank
 from puna.parallel.job import Job
 from puna.parallel.machines import Machine, machine
 from puna.parallel.memory import Memory, memory
@@ -116,6 +116,7 @@ def _maker(recipe: Recipe, spec: Spec) -> Make:
 
     def make(degrees: Degrees, micro: int, mode: str) -> Job:
         check_degrees(parallel, degrees, spec, length, train.batch_size)
+        check_passes(parallel, degrees, _dtype(train.dtype), mode, train.compile)
         section = dataclasses.replace(parallel, pp_microbatches=0) if micro else parallel
         number = microbatches(section, degrees, train.batch_size, micro or train.micro_batch_size)
         return Job(

@@ -12,11 +12,10 @@ import torch
 from puna import __version__
 from puna.base.config import as_dict
 from puna.base.console import PunaError
-from puna.base.hardware import pick_device
+from puna.base.hardware import dtype_name, parse_dtype, pick_device
 from puna.model.spec import Spec
 from puna.parallel.degrees import check_passes, microbatches, resolve
 from puna.parallel.launch import Meeting
-from puna.parallel.sharding import check_context
 from puna.parallel.world import Settings, World, choose_device
 from puna.train.recipe import Recipe
 from puna.train.sources import check_data
@@ -53,18 +52,10 @@ def open_world(recipe: Recipe, spec: Spec, meeting: Meeting) -> World:
             f"start it with torchrun --standalone --nproc_per_node={asked} -m puna train RECIPE.toml",
         )
     degrees = resolve(parallel, place.size, spec, data.seq_len, train.batch_size)
-    check_passes(parallel, train.activation_checkpointing, train.compile)
+    dtype = dtype_name(parse_dtype(train.dtype))
+    check_passes(parallel, degrees, dtype, train.activation_checkpointing, train.compile)
     if degrees.pp > 1:
         microbatches(parallel, degrees, train.batch_size, train.micro_batch_size)
-    check_context(parallel.cp_method, data.seq_len, spec.num_attention_heads // degrees.tp, degrees.cp)
-    if parallel.async_tp and (train.compile or not parallel.sequence_parallel):
-        raise PunaError(
-            f"async_tp with sequence_parallel {parallel.sequence_parallel} and compile {train.compile}: it needs a "
-            "residual stream that is cut by tokens, and torch.compile cannot trace its ring",
-            "use --parallel.async_tp false, or sequence_parallel true and --train.compile false",
-        )
-    if place.size > 1 and train.dtype in ("float16", "fp16"):
-        raise PunaError(f"float16 needs loss scaling, which is not built for {place.size} ranks", "use bfloat16")
     device = choose_device(pick_device(train.device).type, place)
     flight = Path(recipe.out) / "flight"
     how = Settings(parallel.backend, parallel.first_timeout, parallel.timeout, parallel.environment, flight)
