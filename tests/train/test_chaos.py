@@ -23,8 +23,10 @@ def suffer(tmp_path: Path, *options: str, seconds: int) -> dict:
     return json.loads(result.read_text())["meshes"]
 
 
+@pytest.mark.slow  # three minutes; test_launch.py kills once per way of starting
+@pytest.mark.timeout(400)
 def test_six_kills_change_nothing(tmp_path) -> None:
-    found = suffer(tmp_path, "--kills", "6", "--only", "dp_shard 2 x tp 2", seconds=240)["dp_shard 2 x tp 2"]
+    found = suffer(tmp_path, "--kills", "6", "--only", "dp_shard 2 x tp 2", seconds=360)["dp_shard 2 x tp 2"]
     assert found["kills"] == {"one rank": 2, "in a save": 2, "all ranks": 1, "torchrun": 1}
     assert found["rounds"] >= 1
     assert found["restarts"] >= 5
