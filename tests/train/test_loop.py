@@ -166,6 +166,8 @@ def test_a_damaged_save_is_not_resumed(recipe) -> None:
     with pytest.raises(PunaError, match=r"1 files differ .*__0_0\.distcp") as caught:
         puna.train(recipe)
     assert "step-000005" in caught.value.hint
+    with pytest.raises(PunaError, match=r"step-000010 is damaged: state/__0_0\.distcp"):
+        puna.train(recipe, {"checkpoint.resume": f"{recipe['out']}/step-000010"})
     assert puna.train(recipe, {"checkpoint.resume": f"{recipe['out']}/step-000005"})["step"] == 24
 
 

@@ -74,12 +74,6 @@ class World:
         dist.all_reduce(total)
         return total.tolist()
 
-    def gloo_group(self, timeout: float) -> dist.ProcessGroup | None:
-        """A new group of all ranks on the CPU, for a thread of its own; None in a single process."""
-        if self.size == 1:
-            return None
-        return dist.new_group(backend="gloo", timeout=timedelta(seconds=timeout))
-
     def shorten_timeouts(self) -> None:
         """After the first step, which compiles, allocates and connects, ranks that hang are found sooner."""
         if self.mesh is None:

@@ -22,6 +22,7 @@ from puna.parallel.loss import cross_entropy
 from puna.parallel.pipeline import Microbatch, Pipeline
 from puna.parallel.recompute import checkpoint_activations, compile_blocks
 from puna.parallel.replicas import micro_batch, reshard, unwrap
+from puna.parallel.schedules import SPLIT_BACKWARD
 from puna.parallel.sharding import shard
 from puna.parallel.stages import Stage, make_stages
 from puna.parallel.world import World
@@ -55,6 +56,11 @@ class Compute:
     def model(self) -> Transformer:
         """The Transformer, or this rank's part of it."""
         return unwrap(self.modules[0])  # type: ignore[return-value]
+
+    @property
+    def remark(self) -> str:
+        """What a person should know of how this machine's torch runs it; empty if nothing."""
+        return ""
 
     @property
     def micro_size(self) -> int:
@@ -135,6 +141,13 @@ class PipelinedCompute(Compute):
         cut = tp if parallel.sequence_parallel else 1
         stages: list[Stage] = self.modules  # type: ignore[assignment]
         self._pipeline = Pipeline(stages, mesh, parallel.pp_schedule, world.device, self.dtype, cut)
+
+    @property
+    def remark(self) -> str:
+        """This torch may be too old to split a backward pass: same numbers, a longer bubble."""
+        schedule = self._pipeline.name
+        whole = schedule in SPLIT_BACKWARD and not self._pipeline.splits_backward
+        return f"; {schedule} with whole backward passes under torch {torch.__version__}" if whole else ""
 
     @property
     def micro_size(self) -> int:

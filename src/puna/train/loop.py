@@ -233,7 +233,7 @@ class Trainer:
             *self.sources.card(),
             ("run", f"{recipe.train.steps} steps of {tokens} tokens, from step {self.step_done}"),
             ("machine", f"{describe()}; {recipe.train.dtype}, {torch.get_num_threads()} threads"),
-            ("ranks", self.world.describe()),
+            ("ranks", self.world.describe() + self.compute.remark),
             ("kernels", describe_kernels() if self.world.device.type == "cpu" else "torch"),
             ("out", str(self.run_folder)),
         ]  # fmt: skip

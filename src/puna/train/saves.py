@@ -53,9 +53,7 @@ class Saves:
         checkpoint, group = self.recipe.checkpoint, agree.saver_group(SLOWEST)
         if checkpoint.resume in ("auto", "never"):
             self.last = find_resume(self.run, group)
-        elif damaged := list(
-            chain(*agree.Ranks(group).each(lambda: verify(self.last or "", (world.rank, world.size))))
-        ):
+        elif damaged := self._damaged(world, group):
             raise PunaError(f"{self.last} is damaged: {', '.join(damaged[:3])}", "resume from another step folder")
         self._spec = spec
         self._saver = Saver(self.run, spec, self.tokenizer, checkpoint.keep_last, checkpoint.keep_every, group,
