@@ -14,7 +14,7 @@ FLOORS = [
     ["base"],
     ["ops"],
     ["model", "text"],
-    ["weights", "data", "parallel"],
+    ["weights", "data", "parallel", "quant"],
     ["corpus"],
     ["train", "engine"],
     ["serve"],
