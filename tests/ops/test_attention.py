@@ -3,7 +3,10 @@ from __future__ import annotations
 import pytest
 import torch
 
-from puna.ops.attention import CachedCausal, PackedCausal, attention_twin, causal_mask
+from puna.ops.attention import CachedCausal, PackedCausal, RoundedKV, attention_twin, causal_mask
+from puna.ops.formats.kv import KV_FLOAT8, KV_FLOAT8_HEAD, KV_INT8, KV_INT8_HEAD, KVScales
+from puna.ops.formats.rounding import code_dtype
+from puna.ops.formats.scheme import Scheme
 
 
 @pytest.mark.parametrize("window", [None, 3, 8])
@@ -45,3 +48,46 @@ def test_mask_counts_the_window_as_transformers_does() -> None:
     assert causal_mask(4, 4, 2, torch.device("cpu")).int().tolist() == [
         [1, 0, 0, 0], [1, 1, 0, 0], [0, 1, 1, 0], [0, 0, 1, 1]]  # fmt: skip
     assert causal_mask(1, 3, None, torch.device("cpu")).tolist() == [[True, True, True]]
+
+
+EIGHT_BITS = [KV_INT8, KV_INT8_HEAD, KV_FLOAT8, KV_FLOAT8_HEAD]
+
+
+def uneven_scales(scheme: Scheme, layers: int, heads: int) -> KVScales:
+    """Each layer, head and side with a scale of its own: a mix-up of any two would show."""
+    count = heads if scheme.granularity == "head" else 1
+    unit = 3 / scheme.half_range
+    keys = tuple(unit * (1 + 0.3 * layer + torch.arange(count) / 2) for layer in range(layers))
+    return KVScales(scheme, keys, tuple(1.7 * key for key in keys))
+
+
+@pytest.mark.parametrize("window", [None, 5])
+@pytest.mark.parametrize("pieces", [[12], [1] * 12, [5, 1, 6]])
+@pytest.mark.parametrize("scheme", EIGHT_BITS, ids=lambda s: f"{s.kind}-{s.granularity}")
+def test_quantized_cache_equals_its_twin(window: int | None, pieces: list[int], scheme: Scheme) -> None:
+    q, k, v = torch.randn(12, 4, 8), torch.randn(12, 2, 8), torch.randn(12, 2, 8)
+    scales = uneven_scales(scheme, 2, 2)
+    cache = torch.full((2, 2, 2, 16, 8), 100.0).to(code_dtype(scheme))  # reading what was never written would show
+    for layer in range(2):
+        outputs, start = [], 0
+        for n in pieces:
+            rows = slice(start, start + n)
+            attend = CachedCausal(cache[0], cache[1], start, 16, scales)
+            outputs.append(attend(layer, q[rows], k[rows], v[rows], window))
+            start += n
+        twin = RoundedKV(PackedCausal.of([12]), scales)(layer, q, k, v, window)
+        assert (torch.cat(outputs) - twin).abs().max() < 1e-5
+        assert (twin - attention_twin(q, k, v, torch.zeros(12), window)).abs().max() > 1e-3  # something was rounded
+
+
+def test_a_quantized_cache_answers_in_the_dtype_of_the_query() -> None:
+    q, k, v = (torch.randn(3, 2, 8).bfloat16() for _ in range(3))
+    scales = uneven_scales(KV_INT8, 1, 2)
+    cache = torch.zeros(2, 1, 2, 8, 8, dtype=torch.int8)
+    out = CachedCausal(cache[0], cache[1], 0, 8, scales)(0, q, k, v, None)
+    assert out.dtype is torch.bfloat16
+    assert torch.equal(out, RoundedKV(PackedCausal.of([3]), scales)(0, q, k, v, None))
+
+
+def test_rounding_hands_on_the_longest_length() -> None:
+    assert RoundedKV(PackedCausal.of([3, 7]), uneven_scales(KV_INT8, 1, 1)).max_len == 7

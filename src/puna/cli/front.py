@@ -10,6 +10,7 @@ import tyro
 from puna.base.console import PunaError, table
 from puna.cli.corpus import shards_export, shards_import, shards_verify, tokenize, tokenizer_train
 from puna.cli.models import chat, generate, info
+from puna.cli.quantize import quantize
 from puna.cli.training import plan, quickstart, train
 
 VERBS: dict[str, Callable[..., None]] = {
@@ -21,6 +22,7 @@ VERBS: dict[str, Callable[..., None]] = {
     "shards verify": shards_verify,
     "train": train,
     "plan": plan,
+    "quantize": quantize,
     "generate": generate,
     "chat": chat,
     "info": info,

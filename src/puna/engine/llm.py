@@ -12,8 +12,9 @@ from puna.base.console import PunaError
 from puna.engine.kv_cache import SequenceCache
 from puna.engine.request import Output, SamplingParams, StopText
 from puna.engine.sampler import Sampler
+from puna.model.attention import Attend
 from puna.model.transformer import Transformer
-from puna.ops.attention import PackedCausal
+from puna.ops.attention import PackedCausal, RoundedKV
 from puna.text.tokenizer import Tokenizer
 from puna.weights.fetch import local_folder
 from puna.weights.folder import load_model
@@ -25,22 +26,25 @@ class LLM:
     """A model and its tokenizer, ready to generate.
 
     `path` is a model folder, a save's URL, or `preset:NAME` (random weights). Without a tokenizer (a preset, a bare
-    folder) prompts are token ids and answers have no text. Raises PunaError for unusable input.
+    folder) prompts are token ids and answers have no text. `kv`: "auto" keeps the cache as the folder says (in eight
+    bits where the model was quantized with --kv), "none" in `dtype`. Raises PunaError for unusable input.
     """
 
-    def __init__(self, path: str | Path, dtype: str = "float32", device: str = "cpu"):
+    def __init__(self, path: str | Path, dtype: str = "float32", device: str = "cpu", kv: str = "auto"):
+        check_kv(kv)
         path = local_folder(path, state=False)  # of a URL; anything else is itself
         model = load_model(str(path), dtype, device)
-        self._set_up(model, _find_tokenizer(path))
+        self._set_up(model, _find_tokenizer(path), kv)
 
     @classmethod
-    def of(cls, model: Transformer, tokenizer: Tokenizer | None) -> LLM:
+    def of(cls, model: Transformer, tokenizer: Tokenizer | None, kv: str = "auto") -> LLM:
         """Around a model that is in memory already, for instance in the middle of its training."""
+        check_kv(kv)
         llm = cls.__new__(cls)
-        llm._set_up(model, tokenizer)
+        llm._set_up(model, tokenizer, kv)
         return llm
 
-    def _set_up(self, model: Transformer, tokenizer: Tokenizer | None) -> None:
+    def _set_up(self, model: Transformer, tokenizer: Tokenizer | None, kv: str) -> None:
         self.model, self.tokenizer, self.spec = model, tokenizer, model.spec
         self.device, self.dtype = model.embed.device, model.embed.dtype
         if tokenizer and tokenizer.vocab_size > self.spec.vocab_size:
@@ -51,7 +55,8 @@ class LLM:
         # Rows that pad the embedding beyond the tokenizer have no text: they are never drawn.
         self._drawable = tokenizer.vocab_size if tokenizer else self.spec.vocab_size
         self._eos = set(self.spec.eos_token_ids) | set(tokenizer.eos_ids if tokenizer else ())
-        self._cache = SequenceCache(self.spec, self.dtype, self.device)
+        scales = getattr(model, "kv_scales", None) if kv == "auto" else None
+        self._cache = SequenceCache(self.spec, self.dtype, self.device, scales)
 
     def generate(self, prompts: Sequence[Prompt] | Prompt, params: SamplingParams | None = None) -> list[Output]:
         """Answers to each prompt (text or token ids), `params.n` per prompt, prompt by prompt."""
@@ -75,11 +80,14 @@ class LLM:
 
     @torch.inference_mode()
     def logprobs(self, token_ids: Sequence[int]) -> list[float | None]:
-        """log p(token t | tokens before it) of given ids, by the trainer's own forward; the first entry is None."""
+        """log p(token t | tokens before it) of given ids, by the trainer's own forward; the first entry is None.
+
+        Where the cache rounds keys and values, so does this: what decoding reports is what is found here.
+        """
         ids = self.encode(token_ids)
         tokens_T = torch.tensor(ids, device=self.device)
         positions_T = torch.arange(len(ids), device=self.device)
-        hidden_TD = self.model(tokens_T, positions_T, PackedCausal.of([len(ids)]))
+        hidden_TD = self.model(tokens_T, positions_T, self._attend(len(ids)))
         found: list[float | None] = [None]
         for start in range(0, len(ids) - 1, 256):  # 256 rows of logits at a time: never all of them
             rows = self.model.logits(hidden_TD[start : min(start + 256, len(ids) - 1)]).float().log_softmax(-1)
@@ -106,6 +114,10 @@ class LLM:
                 f"shorten it by {len(ids) - self.spec.max_len} tokens or use a model with a longer context",
             )
         return ids
+
+    def _attend(self, tokens: int) -> Attend:
+        plain = PackedCausal.of([tokens])
+        return plain if self._cache.scales is None else RoundedKV(plain, self._cache.scales)
 
     def _answer(self, prompt: Prompt, params: SamplingParams) -> list[Output]:
         ids = self.encode(prompt)
@@ -159,6 +171,14 @@ class LLM:
             output.text += piece
             yield piece, output
             logits_V = self._forward(cache, [token])
+
+
+def check_kv(kv: str) -> None:
+    """Refuse what is no way to keep a cache: scales come from calibration, so they cannot be asked for here."""
+    if kv not in ("auto", "none"):
+        raise PunaError(
+            f"kv is {kv!r}", "use auto (as the folder says) or none; `puna quantize --kv int8` calibrates a cache"
+        )
 
 
 def _find_tokenizer(path: str | Path) -> Tokenizer | None:

@@ -227,7 +227,10 @@ _SAME_NAME = (
 )  # fmt: skip
 
 # config.json keys that change the function in ways this model does not implement, with the one value it accepts.
-_FIXED = {"hidden_act": "silu", "partial_rotary_factor": 1.0, "quantization_config": None, "num_local_experts": None}
+_FIXED = {"hidden_act": "silu", "partial_rotary_factor": 1.0, "num_local_experts": None}
+
+# What `quantization_config` may say the weights are stored as; `weights/quantization` reads the rest of it.
+QUANT_METHODS = ("compressed-tensors", "gptq", "awq", "puna")
 
 
 def _refuse_unsupported(config: dict[str, Any]) -> None:
@@ -239,6 +242,12 @@ def _refuse_unsupported(config: dict[str, Any]) -> None:
             raise PunaError(
                 f"config.json has {key} = {config[key]!r}, puna supports {accepted!r} only", "use another model"
             )
+    method = (config.get("quantization_config") or {"quant_method": "gptq"}).get("quant_method")
+    if method not in QUANT_METHODS:
+        raise PunaError(
+            f"the weights are quantized by {method!r}, which puna does not read",
+            f"quantization methods: {', '.join(QUANT_METHODS)}; ask for another copy of the model, or the original",
+        )
 
 
 def _read_config(config: dict[str, Any]) -> Spec:

@@ -9,12 +9,15 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from functools import lru_cache
+from typing import Protocol
 
 import numpy as np
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from puna.ops.formats.kv import KVScales, quantize_kv
+from puna.ops.formats.rounding import decode
 from puna.ops.native import attention as native
 from puna.ops.native import token
 
@@ -75,18 +78,48 @@ def _documents(runs: tuple[tuple[int, int, int], ...]) -> native.Documents:
     return native.Documents([(start + i * length, length) for start, n, length in runs for i in range(n)])
 
 
+class _Attend(Protocol):
+    """What the model calls; `model.attention.Attend` says it in full."""
+
+    @property
+    def max_len(self) -> int: ...
+
+    def __call__(self, layer: int, q_THK: Tensor, k_TGK: Tensor, v_TGK: Tensor, window: int | None) -> Tensor: ...
+
+
+@dataclass(frozen=True)
+class RoundedKV:
+    """Another attention over keys and values as a quantized cache would hold them: the twin of one.
+
+    In evaluation and in calibration's second pass; `CachedCausal` with the same `scales` gives the same outputs.
+    """
+
+    attend: _Attend
+    scales: KVScales
+
+    @property
+    def max_len(self) -> int:
+        return self.attend.max_len
+
+    def __call__(self, layer: int, q_THK: Tensor, k_TGK: Tensor, v_TGK: Tensor, window: int | None) -> Tensor:
+        """Attention output (T, H, K)."""
+        return self.attend(layer, q_THK, *self.scales.round(layer, k_TGK, v_TGK), window)
+
+
 @dataclass(frozen=True)
 class CachedCausal:
     """Causal attention of new tokens over everything cached before them, for one sequence.
 
     `keys`, `values`: (layers, G, S, K), filled up to `start`; a call writes the new tokens' rows behind that.
     `max_len` is fixed for a sequence's whole life, so that 'dynamic' rope turns every cached key by the same table.
+    `scales`: keys and values are codes; what is read is one layer's, so no more than that is ever dequantized at once.
     """
 
     keys: Tensor
     values: Tensor
     start: int
     max_len: int
+    scales: KVScales | None = None
 
     def moved(self, start: int) -> CachedCausal:
         """The same cache with `start` positions filled."""
@@ -96,11 +129,9 @@ class CachedCausal:
         """Write the new keys and values of `layer`, then attend; returns (T, H, K)."""
         tokens, heads, width = q_THK.shape
         end = self.start + tokens
-        k_GSK, v_GSK = self.keys[layer], self.values[layer]
-        k_GSK[:, self.start : end] = k_TGK.transpose(0, 1)
-        v_GSK[:, self.start : end] = v_TGK.transpose(0, 1)
         first = 0 if window is None else max(0, self.start - window + 1)
-        k_GSK, v_GSK = k_GSK[:, first:end], v_GSK[:, first:end]
+        self._write(layer, k_TGK, v_TGK)
+        k_GSK, v_GSK = self._read(layer, slice(first, end), q_THK.dtype)
         if tokens == 1:
             return _one_query(q_THK, k_GSK, v_GSK)
         mask = causal_mask(tokens, end - first, window, q_THK.device) if first or self.start or window else None
@@ -113,6 +144,22 @@ class CachedCausal:
             enable_gqa=heads != k_GSK.shape[0],
         )
         return out[0].transpose(0, 1).reshape(tokens, heads, width)
+
+    def _write(self, layer: int, k_TGK: Tensor, v_TGK: Tensor) -> None:
+        rows = slice(self.start, self.start + k_TGK.shape[0])
+        if self.scales is not None:
+            k_TGK = quantize_kv(k_TGK, self.scales.scheme, self.scales.keys[layer])
+            v_TGK = quantize_kv(v_TGK, self.scales.scheme, self.scales.values[layer])
+        self.keys[layer][:, rows] = k_TGK.transpose(0, 1)
+        self.values[layer][:, rows] = v_TGK.transpose(0, 1)
+
+    def _read(self, layer: int, positions: slice, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
+        k_GSK, v_GSK = self.keys[layer][:, positions], self.values[layer][:, positions]
+        if self.scales is None:
+            return k_GSK, v_GSK
+        # A scale stands for a head, and heads come first here: (G, S, K) with (G, 1, 1).
+        k_scale, v_scale = self.scales.keys[layer][:, None, None], self.scales.values[layer][:, None, None]
+        return decode(k_GSK, k_scale).to(dtype), decode(v_GSK, v_scale).to(dtype)
 
 
 def _one_query(q_1HK: Tensor, k_GSK: Tensor, v_GSK: Tensor) -> Tensor:

@@ -33,7 +33,8 @@ from puna.parallel.tensor import TensorParallel
 class Options:
     """What the mesh does not say. `dtype`: of gathered weights and arithmetic under FSDP2 (elsewhere use autocast).
 
-    `compiler`: e.g. `torch.compile`, applied to each block's forward; None: eager.
+    `compiler`: e.g. `torch.compile`, applied to each block's forward; None: eager. `rewrite`: a pass from above, called
+    when tensor parallelism has put its layers in place; it may change layers, not their parameters.
     """
 
     zero: int = 3
@@ -43,6 +44,7 @@ class Options:
     compiler: Callable[[Callable[..., Any]], Callable[..., Any]] | None = None
     dtype: torch.dtype = torch.float32
     cpu_offload: bool = False
+    rewrite: Callable[[Transformer], None] | None = None
 
 
 Fill = Callable[[Transformer, torch.device, bool], None]  # (model of parts on meta, device, offload): weights into it
@@ -67,6 +69,8 @@ def parallelize(
         apply_tensor_parallel(
             model, TensorParallel(tensor, options.sequence_parallel, options.overlap and options.sequence_parallel)
         )
+    if options.rewrite is not None:
+        options.rewrite(model)
     checkpoint_activations(blocks, options.activation_checkpointing)
     if options.compiler is not None:
         compile_blocks(blocks, options.compiler)

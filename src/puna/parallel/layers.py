@@ -60,12 +60,15 @@ class RowLinear(Linear):
 
     def forward(self, x_TK: Tensor) -> Tensor:
         if self.tp.overlap:
-            y_TN = matmul_scatter(x_TK, local(self.weight), self.tp.group)
+            y_TN = matmul_scatter(x_TK, self._part(self.weight), self.tp.group)
         else:
-            y_TN = self.tp.leave(linear(x_TK, local(self.weight)))
+            y_TN = self.tp.leave(linear(x_TK, self._part(self.weight)))
         if self.bias is None:
             return y_TN
         return y_TN + self.tp.shared(self.bias, partial=self.tp.sequence).to(y_TN.dtype)
+
+    def _part(self, weight: Tensor) -> Tensor:
+        return local(weight)
 
 
 class SequenceNorm(RMSNorm):

@@ -44,8 +44,8 @@ class QuantConfig:
     kv: str = knob("none", "KV cache: none, int8, fp8, or int8_head, fp8_head for a scale per head")
     overrides: tuple[str, ...] = knob((), 'formats for some layers, later ones win: "*.down_proj=int8"')
     target_bits: float = knob(0.0, "average bits per weight, scales included; 0: every layer as `weights` says")
-    samples: int = knob(128, "calibration sequences")
-    seq_len: int = knob(0, "tokens of each; 0: as many as the widest layer needs, 2,048 at most")
+    samples: int = knob(0, "calibration sequences; 0: eight tokens for every input of the widest layer")
+    seq_len: int = knob(0, "tokens of each; 0: 512, or the model's context where that is shorter")
     seed: int = knob(0, "of the choice of calibration sequences")
 
     def __post_init__(self) -> None:
@@ -118,10 +118,17 @@ class QuantConfig:
             self.rounding == "gptq"
             or self.rescale != "none"
             or self.clip
+            or self.low_rank > 0
             or self.kv != "none"
             or self.activations.endswith("static")
             or self.target_bits > 0
         )
+
+    @property
+    def is_plain(self) -> bool:
+        """Whether the result is what plain rounding gives."""
+        helped = self.rescale != "none" or self.clip or self.low_rank or self.outlier_threshold
+        return self.rounding == "nearest" and not helped
 
     def _check_numbers(self) -> None:
         wrong = [
@@ -155,7 +162,7 @@ _RANGES = (
     ("low_rank", 0, 4096, "between 0 and 4096"),
     ("outlier_threshold", 0, 1e9, "0 or a positive number"),
     ("target_bits", 0, 8.5, "0 (off) or between 2 and 8.5"),
-    ("samples", 1, 10**6, "at least 1"),
+    ("samples", 0, 10**6, "0 (chosen) or a number of sequences"),
     ("seq_len", 0, 10**7, "0 (chosen) or a number of tokens"),
 )
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from contextlib import AbstractContextManager
+from functools import partial
 
 import torch
 from torch import Tensor, nn
@@ -26,6 +27,7 @@ from puna.parallel.schedules import SPLIT_BACKWARD
 from puna.parallel.sharding import shard
 from puna.parallel.stages import Stage, make_stages
 from puna.parallel.world import World
+from puna.train.fake_quant import fake_quantize_linears, switch, training_config
 from puna.train.recipe import Recipe
 
 
@@ -47,8 +49,9 @@ class Compute:
         for module in self.modules:
             module.train()
             self.parameters |= dict(unwrap(module).named_parameters())
-        sharded = isinstance(unwrap(self.modules[0]), FSDPModule)  # then weights are gathered in `dtype`
-        self._autocast = self.dtype != torch.float32 and not sharded
+        # FSDP gathers weights in `options.dtype`; where that is not what is computed with, autocast casts.
+        gathered = self.options.dtype if isinstance(unwrap(self.modules[0]), FSDPModule) else torch.float32
+        self._autocast = self.dtype != gathered
         self._counts = world.place_in("tp") == 0  # the others have the same losses
         self._first = self._counts and world.place_in("pp") == 0 and world.place_in("cp") == 0
 
@@ -97,6 +100,11 @@ class Compute:
         with self._arithmetic():
             return self._loss_of(self.modules[0](*inputs), self.model, targets_T)
 
+    def round_numbers(self, on: bool) -> None:
+        """Compute with the numbers that will be served, or with the weights as they are: what [quant] asks for."""
+        for module in self.modules:
+            switch(module, on)
+
     def clip(self, limit: float) -> Tensor:
         """Global gradient norm before clipping to `limit` (0: never), alike on every rank."""
         return clip_gradients(self.parameters.values(), limit)
@@ -124,6 +132,8 @@ class Compute:
         if self.world.mesh is not None:
             return [parallelize(model, self.world.mesh, self.options, fill=fill)]
         blocks: list[nn.Module] = list(model.layers)
+        if self.options.rewrite is not None:
+            self.options.rewrite(model)
         checkpoint_activations(blocks, self.options.activation_checkpointing)
         if self.options.compiler is not None:
             compile_blocks(blocks, self.options.compiler)
@@ -205,12 +215,16 @@ def build_compute(recipe: Recipe, spec: Spec, world: World, fill: Fill) -> Compu
 def options_of(recipe: Recipe) -> Options:
     """The passes that a recipe asks for."""
     parallel, train = recipe.parallel, recipe.train
+    quant, dtype = training_config(recipe.quant), parse_dtype(train.dtype)
+    if quant is not None and parallel.tp == parallel.pp == 1:
+        dtype = torch.float32  # gathered whole: codes are chosen from the weights that are saved, not from their halves
     return Options(
         zero=parallel.zero,
         sequence_parallel=parallel.sequence_parallel,
         overlap=parallel.async_tp,
         activation_checkpointing=train.activation_checkpointing,
         compiler=torch.compile if train.compile else None,
-        dtype=parse_dtype(train.dtype),
+        dtype=dtype,
         cpu_offload=parallel.cpu_offload,
+        rewrite=None if quant is None else partial(fake_quantize_linears, config=quant),
     )

@@ -24,6 +24,8 @@ from puna.ops.linear import describe as describe_kernels
 from puna.parallel.launch import Meeting
 from puna.text.tokenizer import Tokenizer
 from puna.train.compute import build_compute
+from puna.train.fake_quant import describe as describe_quant
+from puna.train.fake_quant import training_config
 from puna.train.interrupt import Interrupt
 from puna.train.metrics import HEADER, Metrics, WaitReport, plot_png, print_step
 from puna.train.optim import build_optimizer, learning_rate, set_learning_rate
@@ -64,6 +66,7 @@ class Trainer:
         self.world = open_world(recipe, spec, meeting)
         self.saves.open(self.world, spec)
         self.sources = open_sources(recipe, self.tokenizer)
+        self.quant = training_config(recipe.quant)
         self.compute = build_compute(recipe, spec, self.world, self.saves.fill)
         self.loader = self._open_loader()
         self.optimizer = build_optimizer(self.compute.parameters.values(), recipe.optim)
@@ -113,6 +116,7 @@ class Trainer:
 
         Every scored token of the step weighs the same, however ranks and micro-batches cut them.
         """
+        self.compute.round_numbers(self.step_done >= self.recipe.quant.start_step)
         (valid,) = self.world.sum(self.compute.scored(batches))
         scale = self.scaler.scale(torch.tensor(1 / max(1.0, valid), device=self.world.device))
         nll = self.compute.step(batches, scale)
@@ -132,8 +136,10 @@ class Trainer:
     def validate(self) -> dict[str, float]:
         """Loss on what is held out: evenly spread windows, none overlapping, the first tokens of each without context.
 
-        With several sources also one loss for each, as 'val_loss/NAME'. Empty if nothing is held out.
+        With several sources also one loss for each, as 'val_loss/NAME'. Empty if nothing is held out. Under [quant] the
+        loss of the rounded model, whatever the step: that one will be served.
         """
+        self.compute.round_numbers(True)
         held, found = self.sources.held, {}
         limit = max(1, self.recipe.validation.max_tokens // self.recipe.data.seq_len // max(1, len(held)))
         nll = valid = size = 0.0
@@ -234,6 +240,7 @@ class Trainer:
             ("run", f"{recipe.train.steps} steps of {tokens} tokens, from step {self.step_done}"),
             ("machine", f"{describe()}; {recipe.train.dtype}, {torch.get_num_threads()} threads"),
             ("ranks", self.world.describe() + self.compute.remark),
+            *([("quantized", describe_quant(recipe, self.quant))] if self.quant else []),
             ("kernels", describe_kernels() if self.world.device.type == "cpu" else "torch"),
             ("out", str(self.run_folder)),
         ]  # fmt: skip

@@ -108,6 +108,17 @@ class ParallelSection:
 
 
 @dataclass(frozen=True)
+class QuantSection:
+    """Quantization-aware training: the model computes with the rounded numbers that will be served."""
+
+    preset: str = knob("", "what it will be quantized to: a preset of `puna quantize` such as int4_wo; empty: off")
+    weights: str = knob("", "another number format of the weights, such as int4_g32; empty: the preset's")
+    activations: str = knob("", "of the inputs: none, int8 or fp8 (per token); empty: the preset's")
+    overrides: tuple[str, ...] = knob((), 'formats for some layers, later ones win: "*.down_proj=int8"')
+    start_step: int = knob(0, "steps of plain training before it; validation is always with rounded numbers")
+
+
+@dataclass(frozen=True)
 class CheckpointSection:
     """When to save and what to keep."""
 
@@ -140,5 +151,6 @@ class Recipe:
     optim: OptimSection = field(default_factory=OptimSection)
     train: TrainSection = field(default_factory=TrainSection)
     parallel: ParallelSection = field(default_factory=ParallelSection)
+    quant: QuantSection = field(default_factory=QuantSection)
     checkpoint: CheckpointSection = field(default_factory=CheckpointSection)
     validation: ValidationSection = field(default_factory=ValidationSection)

@@ -17,6 +17,7 @@ from puna.model.spec import Spec
 from puna.parallel.degrees import check_passes, microbatches, resolve
 from puna.parallel.launch import Meeting
 from puna.parallel.world import Settings, World, choose_device
+from puna.train.fake_quant import check_layers, training_config
 from puna.train.recipe import Recipe
 from puna.train.sources import check_data
 
@@ -36,6 +37,12 @@ def check_recipe(recipe: Recipe) -> None:
             raise PunaError(f"{key} is {value}", f"use --{key} 1 or more")
     if train.micro_batch_size < 0:
         raise PunaError(f"train.micro_batch_size is {train.micro_batch_size}", "use 0 (all of batch_size) or more")
+    if recipe.quant.start_step < 0 or recipe.quant.start_step >= train.steps:
+        raise PunaError(
+            f"quant.start_step is {recipe.quant.start_step}, the run has {train.steps} steps",
+            "use 0 or more, and fewer than train.steps",
+        )
+    training_config(recipe.quant)
     if train.float8:
         raise PunaError("train.float8 is not built yet", "`puna plan` can already tell what it brings")
 
@@ -54,6 +61,8 @@ def open_world(recipe: Recipe, spec: Spec, meeting: Meeting) -> World:
     degrees = resolve(parallel, place.size, spec, data.seq_len, train.batch_size)
     dtype = dtype_name(parse_dtype(train.dtype))
     check_passes(parallel, degrees, dtype, train.activation_checkpointing, train.compile)
+    if (quant := training_config(recipe.quant)) is not None:
+        check_layers(quant, spec, degrees.tp)
     if degrees.pp > 1:
         microbatches(parallel, degrees, train.batch_size, train.micro_batch_size)
     device = choose_device(pick_device(train.device).type, place)

@@ -13,40 +13,53 @@ from torch import Tensor, nn
 
 from puna.base.console import PunaError
 from puna.base.hardware import dtype_name, parse_dtype, pick_device
-from puna.base.storage import atomic_folder, read_json, write_json
+from puna.base.storage import atomic_folder, write_json
 from puna.model.spec import Spec
 from puna.model.transformer import Transformer
 from puna.text.tokenizer import Tokenizer
 from puna.weights.fetch import local_folder
-from puna.weights.names import DERIVED, HUGGINGFACE, META, halves_from_pairs, names_on_disk
+from puna.weights.model_files import ModelFiles, is_gguf, not_plain, open_model, stale_head_error
+from puna.weights.names import HUGGINGFACE, META, halves_from_pairs, names_on_disk
+from puna.weights.quantized import QuantizedLayers
 from puna.weights.shards import WeightFile, index_of, plan_files
-from puna.weights.source import MetaSource, Source, open_source
 from puna.weights.tensor_file import write_files
 
 
 def load_model(
-    path: str | Path, dtype: str | torch.dtype = "float32", device: str | torch.device = "cpu", seed: int = 0
+    path: str | Path,
+    dtype: str | torch.dtype = "float32",
+    device: str | torch.device = "cpu",
+    seed: int = 0,
+    dequantize: bool = False,
 ) -> Transformer:
-    """The Transformer of a folder, of a save's URL, or of `preset:NAME` with random weights (seeded), in eval mode.
+    """The Transformer of a folder, a GGUF file, a save's URL, or of `preset:NAME` with random weights; in eval mode.
 
-    Holds at most about 1.2x the model in memory while loading. Raises PunaError for anything incomplete.
+    Quantized layers stay packed (`QuantizedLinear`), unless `dequantize`: then they become plain, and how their inputs
+    were rounded is forgotten. `kv_scales` is what the folder says of the KV cache, or None. Holds at most about 1.2x
+    the model in memory while loading. Raises PunaError for anything incomplete.
     """
     dtype = parse_dtype(dtype) if isinstance(dtype, str) else dtype
     device = pick_device(device) if isinstance(device, str) else device
     if str(path).startswith("preset:"):
         model = empty_model(Spec.load(path), dtype, device)
         model.init_weights(torch.Generator(device).manual_seed(seed))
+        model.kv_scales = None  # type: ignore[assignment]
         return model.eval()
     folder = local_folder(path, state=False)
-    if not folder.is_dir():
+    if not folder.is_dir() and not (is_gguf(folder) and folder.exists()):
         raise PunaError(
-            f"no model folder at {path}", "give a folder with config.json and *.safetensors, or preset:NAME"
+            f"no model folder at {path}",
+            "give a folder with config.json and *.safetensors, a .gguf file or preset:NAME",
         )
-    source = open_source(folder)
-    spec = load_spec(folder, source)
+    files = open_model(folder)
     with torch.device("meta"):
-        model = Transformer(spec)
-    _fill(model, source, dtype, device, folder)
+        model = Transformer(files.spec)
+    if files.layers is None:
+        _fill(model, files, dtype, device)
+    else:
+        _fill_quantized(model, files, files.layers, dtype, device, dequantize)
+    scales = None if files.layers is None else files.layers.kv_scales()
+    model.kv_scales = None if scales is None else scales.to(device)  # type: ignore[assignment]
     return model.eval()
 
 
@@ -101,70 +114,51 @@ def hf_state(model: Transformer) -> dict[str, Tensor]:
     return {names[ours]: parameter.detach() for ours, parameter in parameters.items()}
 
 
-def load_spec(folder: Path, source: Source) -> Spec:
-    """The model's shape, from config.json or Meta's params.json; what params.json leaves out the weights tell."""
-    if not isinstance(source, MetaSource):
-        return Spec.load(folder)
-    params = read_json(folder / "params.json")
-    if params.get("vocab_size", -1) <= 0:  # Llama 1 and 2 leave it to the tokenizer; the head's rows say it too
-        params["vocab_size"] = source.shapes[META["lm_head.{end}"].replace("{end}", "weight")][0]
-    source.use_embedding_cut(params["vocab_size"])
-    if META["lm_head.{end}"].replace("{end}", "weight") not in source.shapes:
-        params["tied"] = True
-    return Spec.from_params(params)
-
-
-def _fill(model: Transformer, source: Source, dtype: torch.dtype, device: torch.device, folder: Path) -> None:
+def _fill(model: Transformer, files: ModelFiles, dtype: torch.dtype, device: torch.device) -> None:
     """Give every parameter its tensor; memory grows by one tensor at a time."""
-    parameters = dict(model.named_parameters())
-    ours = {disk: name for name, disk in names_on_disk(parameters, source.table).items()}
-    check_names(source, {disk: tuple(parameters[name].shape) for disk, name in ours.items()}, model.spec, folder)
+    source = files.source
+    ours = {disk: name for name, disk in names_on_disk(files.shapes, source.table).items()}
     tied_head = None
     for disk, tensor in source.read():
         if disk not in ours:
-            tied_head = tensor.to(dtype) if disk == head_name(source) else tied_head
+            tied_head = tensor.to(dtype) if disk == files.stale_head else tied_head
             continue
         if not tensor.is_floating_point():
-            raise PunaError(
-                f"{disk} in {folder} holds {tensor.dtype}, not floating point", "dequantize the model first"
-            )
+            raise not_plain(disk, tensor, files.path)
         if source.table is META and ours[disk].endswith(("q_proj.weight", "k_proj.weight")):
             tensor = halves_from_pairs(tensor, model.spec.head_dim)
         _assign(model, ours[disk], tensor.to(device=device, dtype=dtype, copy=True))
     if tied_head is not None and not torch.equal(tied_head.to(device), model.embed):
-        raise PunaError(
-            f"{folder} says tie_word_embeddings, but its lm_head.weight differs from the embedding",
-            "the file was saved stale; set tie_word_embeddings to false in config.json if the head is the right one",
-        )
+        raise stale_head_error(files.path)
+
+
+def _fill_quantized(
+    model: Transformer,
+    files: ModelFiles,
+    layers: QuantizedLayers,
+    dtype: torch.dtype,
+    device: torch.device,
+    dequantize: bool,
+) -> None:
+    """As `_fill`, layer by layer: a quantized layer takes the plain one's place, with its bias."""
+    from puna.model.linear import QuantizedLinear
+
+    packed = {} if dequantize else layers.formats
+    for name in files.shapes:
+        layer, _, end = name.rpartition(".")
+        if layer in packed:
+            continue
+        weight = layers.weight(layer).dequantize() if end == "weight" and layer in layers.formats else files.read(name)
+        _assign(model, name, weight.to(device=device, dtype=dtype, copy=True))
+    for layer in packed:
+        bias = files.read(f"{layer}.bias").to(device, dtype, copy=True) if f"{layer}.bias" in files.shapes else None
+        parent, _, leaf = layer.rpartition(".")
+        setattr(model.get_submodule(parent), leaf, QuantizedLinear(layers.weight(layer), bias, dtype).to(device))
 
 
 def _assign(model: nn.Module, name: str, tensor: Tensor) -> None:
     module_name, _, leaf = name.rpartition(".")
     setattr(model.get_submodule(module_name), leaf, nn.Parameter(tensor.contiguous()))
-
-
-def head_name(source: Source) -> str:
-    """What the output head is called in this origin's files."""
-    return names_on_disk(["lm_head.weight"], source.table)["lm_head.weight"]
-
-
-def check_names(source: Source, expected: dict[str, tuple[int, ...]], spec: Spec, folder: Path) -> None:
-    """Refuse anything missing, left over or of another shape, and say which."""
-    surplus = [n for n in source.shapes if n not in expected and not n.endswith(DERIVED)]
-    if spec.tie_word_embeddings:
-        surplus = [n for n in surplus if n != head_name(source)]
-    missing = [n for n in expected if n not in source.shapes]
-    wrong = [n for n, shape in expected.items() if source.shapes.get(n, shape) != shape]
-    lines = [f"missing {n} {list(expected[n])}" for n in missing]
-    lines += [f"surplus {n} {list(source.shapes[n])}" for n in surplus]
-    lines += [f"mis-shaped {n}: file {list(source.shapes[n])}, config {list(expected[n])}" for n in wrong]
-    if lines:
-        shown = "\n  ".join(lines[:12] + ([f"... and {len(lines) - 12} more"] if len(lines) > 12 else []))
-        raise PunaError(
-            f"the weights in {folder} do not fit its config: {len(missing)} missing, {len(surplus)} surplus, "
-            f"{len(wrong)} mis-shaped of {len(expected)} tensors\n  {shown}",
-            "config.json and the weight files must come from the same model; fetch both again",
-        )
 
 
 def _generation_config(spec: Spec) -> dict[str, object]:

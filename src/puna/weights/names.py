@@ -42,6 +42,23 @@ META = {
     "layers.{i}.mlp.down_proj.{end}": "layers.{i}.feed_forward.w2.{end}",
 }
 
+GGUF = {
+    "embed": "token_embd.weight",
+    "norm.weight": "output_norm.weight",
+    "lm_head.{end}": "output.{end}",
+    "layers.{i}.attn_norm.weight": "blk.{i}.attn_norm.weight",
+    "layers.{i}.mlp_norm.weight": "blk.{i}.ffn_norm.weight",
+    "layers.{i}.attn.q_norm.weight": "blk.{i}.attn_q_norm.weight",
+    "layers.{i}.attn.k_norm.weight": "blk.{i}.attn_k_norm.weight",
+    "layers.{i}.attn.q_proj.{end}": "blk.{i}.attn_q.{end}",
+    "layers.{i}.attn.k_proj.{end}": "blk.{i}.attn_k.{end}",
+    "layers.{i}.attn.v_proj.{end}": "blk.{i}.attn_v.{end}",
+    "layers.{i}.attn.o_proj.{end}": "blk.{i}.attn_output.{end}",
+    "layers.{i}.mlp.gate_proj.{end}": "blk.{i}.ffn_gate.{end}",
+    "layers.{i}.mlp.up_proj.{end}": "blk.{i}.ffn_up.{end}",
+    "layers.{i}.mlp.down_proj.{end}": "blk.{i}.ffn_down.{end}",
+}
+
 # Tensors that old checkpoints carry and that follow from the config: not an error when left over.
 DERIVED = ("rotary_emb.inv_freq", "rope.freqs")
 
@@ -66,4 +83,10 @@ def halves_from_pairs(weight: Tensor, head_dim: int) -> Tensor:
     Shapes: weight (heads * K, D) or (heads * K,). Forgetting it gives fluent nonsense.
     """
     rows = weight.unflatten(0, (-1, head_dim // 2, 2))
+    return rows.transpose(1, 2).reshape(weight.shape)
+
+
+def pairs_from_halves(weight: Tensor, head_dim: int) -> Tensor:
+    """The way back: from halves (i, i + K/2) to neighbours (0,1)(2,3).., for Meta's and llama.cpp's rotary."""
+    rows = weight.unflatten(0, (-1, 2, head_dim // 2))
     return rows.transpose(1, 2).reshape(weight.shape)

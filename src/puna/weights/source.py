@@ -38,10 +38,13 @@ class Source(Protocol):
 
 
 def open_source(folder: Path) -> Source:
-    """Find the weights in a folder: safetensors, then pytorch_model*.bin, then Meta's consolidated.*.pth."""
+    """Find the weights in a folder: safetensors, then pytorch_model*.bin, then Meta's consolidated.*.pth.
+
+    `puna*.safetensors` hold what only puna reads (see `quantization`).
+    """
     if not folder.is_dir():
         raise PunaError(f"{folder} is not a folder", "give a folder with config.json and *.safetensors")
-    if files := _files(folder, "model", ".safetensors"):
+    if files := _files(folder, "model", ".safetensors") or _files(folder, "puna", ".safetensors"):
         return FileSource(files, _read_safetensors, _safetensors_shapes)
     if files := _files(folder, "pytorch_model", ".bin"):
         return FileSource(files, _read_pickle, _pickle_shapes)
@@ -95,7 +98,7 @@ class FileSource:
         if self._reader is not _read_safetensors:
             return next(self._reader(file, [name]))[1][box]
         with _open_safetensors(file) as handle:
-            return handle.get_slice(name)[box]
+            return handle.get_slice(name)[box] if box else handle.get_tensor(name)  # a number has no slice
 
 
 @dataclass(frozen=True)

@@ -3,8 +3,9 @@
     y = round(x) Q^T + (x V^T) U^T + b        Q: the packed weight; U, V: the low-rank error, if kept
 
 `round(x)` is x where activations stay as they are, else int8 or float8 codes times their scales. With a threshold,
-columns of x in which some number reaches it keep full precision (LLM.int8(): Dettmers et al. 2022, arXiv:2208.07339,
-section 3). Low rank: ZeroQuant-V2's LoRC, Yao et al. 2023, arXiv:2303.08302, section 5.
+numbers of x that reach it keep full precision (LLM.int8(): Dettmers et al. 2022, arXiv:2208.07339, section 3; there a
+column keeps it for all tokens that happen to be computed together, here each token for itself, so that an answer does
+not depend on its neighbours). Low rank: ZeroQuant-V2's LoRC, Yao et al. 2023, arXiv:2303.08302, section 5.
 
 Shapes: x (..., D), Q (N, D), U (N, R), V (R, D), y (..., N).
 """
@@ -27,7 +28,7 @@ class QuantizedWeight:
     """A packed weight, how its inputs are rounded, and what else is added.
 
     activations: None keeps x; a token scheme is dynamic; a tensor scheme needs `input_scale` (1,) from calibration.
-    threshold: 0, or the size from which a column of x counts as an outlier; needs a token scheme.
+    threshold: 0, or the size from which a number of x counts as an outlier; needs a token scheme.
     up_NR, down_RD: the low-rank error (both or none).
     """
 
@@ -73,9 +74,9 @@ class QuantizedWeight:
             return x
         if not self.threshold:
             return _rounded(x, self.activations, self.input_scale)
-        outlier_D = (x.abs() >= self.threshold).flatten(0, -2).any(0)
-        plain = _rounded(x.masked_fill(outlier_D, 0), self.activations, None)
-        return torch.where(outlier_D, x, plain)
+        outliers = x.abs() >= self.threshold
+        plain = _rounded(x.masked_fill(outliers, 0), self.activations, None)
+        return torch.where(outliers, x, plain)
 
     def product(self, x: Tensor, bias_N: Tensor | None = None) -> Tensor:
         """y by the definition above, in x's dtype with fp32 weights: exact and slow."""
