@@ -10,7 +10,10 @@ setup(
     ext_modules=[
         Extension(
             "puna.ops.native._kernels",
-            sources=[f"src/puna/ops/native/{name}.cpp" for name in ("gemv", "attention", "token", "batch")],
+            sources=[
+                f"src/puna/ops/native/{name}.cpp"
+                for name in ("gemv", "attention", "token", "batch", "packed", "kblocks")
+            ],
             depends=[f"src/puna/ops/native/{name}.h" for name in ("vector", "product")],
             language="c++",
             extra_compile_args=["-std=c++17", "-O3", "-fopenmp", "-fno-math-errno", "-Wno-psabi"],

@@ -19,6 +19,8 @@ _HOME = {
     "save_model": "puna.weights.folder",
     "SamplingParams": "puna.engine.request",
     "LLM": "puna.engine.llm",
+    "QuantConfig": "puna.quant.config",
+    "quantize": "puna.serve.quantize",
 }
 __all__ = [*_HOME, "__version__", "train"]
 
@@ -27,6 +29,8 @@ if TYPE_CHECKING:
     from puna.engine.llm import LLM
     from puna.engine.request import SamplingParams
     from puna.model.spec import Spec
+    from puna.quant.config import QuantConfig
+    from puna.serve.quantize import quantize
     from puna.text.chat import Chat
     from puna.text.tokenizer import Tokenizer
     from puna.train.loop import train

@@ -35,6 +35,7 @@ def test_second_moments_wider_than_a_panel_are_whole_and_can_be_added_to_again()
         moments.add(part)
         second_DD = moments.second_DD.clone()
         assert torch.equal(second_DD[:1024, 1024:], second_DD[1024:, :1024].t())
+        assert torch.equal(second_DD[:256, 256:], second_DD[256:, :256].t())
     torch.testing.assert_close(second_DD, x.t() @ x, rtol=1e-4, atol=1e-4)
 
 
@@ -65,33 +66,43 @@ def test_lots_are_spread():
     assert abs(float((lots[1:] * lots[:-1]).mean()) - 0.25) < 0.01
 
 
-def test_ranks_joined_are_one():
-    """Two ranks in turn: what each hands to reduce is recorded first, then answered with both parts."""
-    x = correlated_inputs(500, 24, outliers=1)
-    parts = [filled(x[:100], [], second=True, sample_rows=200), filled(x[100:], [], second=True, sample_rows=200)]
-    sent = [[], []]
-    for rank, rows in enumerate((x[:100], x[100:])):
-        copy = filled(rows, [], second=True, sample_rows=200)
-        copy.merge(
-            lambda tensor, op, rank=rank: (
-                sent[rank].append(tensor.clone()) or (torch.cat([tensor, tensor]) if op == "cat" else tensor)
-            )
-        )
-    join = {"sum": lambda a, b: a + b, "max": torch.maximum, "cat": lambda a, b: torch.cat([a, b])}
-    for part in parts:
+def joined(parts, **kinds):
+    """What every rank has after `merge`: what each hands to reduce is recorded first, then answered with all parts."""
+    sent = []
+    for x in parts:
+        calls = []
+        filled(x, [], **kinds).merge(lambda tensor, op, calls=calls: calls.append(tensor.clone()) or tensor)
+        sent.append(calls)
+    join = {"sum": sum, "max": lambda tensors: torch.stack(tensors).amax(0), "cat": torch.cat}
+    ranks = [filled(x, [], **kinds) for x in parts]
+    for rank in ranks:
         answers = iter(zip(*sent, strict=True))
-        part.merge(lambda tensor, op, answers=answers: join[op](*next(answers)))
-        part.check()
+        rank.merge(lambda tensor, op, answers=answers: join[op](list(next(answers))))
+        rank.check()
+    return ranks
+
+
+def test_ranks_joined_are_one():
+    x = correlated_inputs(500, 24, outliers=1)
+    ranks = joined((x[:100], x[100:]), second=True, sample_rows=200)
     whole = filled(x, [], second=True, sample_rows=200)
-    for part in parts:
-        assert part.count == 500
-        torch.testing.assert_close(part.second_DD, whole.second_DD, rtol=1e-4, atol=1e-3)
-        assert torch.equal(part.absmax_D, whole.absmax_D)
-        torch.testing.assert_close(part.abs_mean_D, whole.abs_mean_D)
-    assert torch.equal(parts[0].sample_TD, parts[1].sample_TD)
-    assert parts[0].sample_TD.shape == (200, 24)
-    of_first = (parts[0].sample_TD[:, None] == x[None, :100]).all(2).any(1).sum()
+    for rank in ranks:
+        assert rank.count == 500
+        torch.testing.assert_close(rank.second_DD, whole.second_DD, rtol=1e-4, atol=1e-3)
+        assert torch.equal(rank.absmax_D, whole.absmax_D)
+        torch.testing.assert_close(rank.abs_mean_D, whole.abs_mean_D)
+        torch.testing.assert_close(rank.mean_square_D, whole.mean_square_D)
+    assert torch.equal(ranks[0].sample_TD, ranks[1].sample_TD)
+    assert ranks[0].sample_TD.shape == (200, 24)
+    of_first = (ranks[0].sample_TD[:, None] == x[None, :100]).all(2).any(1).sum()
     assert 20 <= of_first <= 60  # 100 of 500 rows, so 40 of 200 expected
+
+
+def test_ranks_with_few_rows_give_them_all_and_one_may_have_none():
+    x = correlated_inputs(80, 8)
+    for rank in joined((x[:30], x[30:], x[:0]), sample_rows=100):
+        assert torch.equal(rank.sample_TD.sort(0).values, x.sort(0).values)
+    assert joined((x[:30], x[30:]), sample_rows=0)[0].count == 80
 
 
 def test_divide_is_as_if_the_inputs_had_been_divided():

@@ -13,6 +13,7 @@ from puna.ops.attention import PackedCausal
 from puna.ops.formats.activations import dequantize_activation, quantize_activation
 from puna.ops.formats.fake import fake_quantize
 from puna.ops.formats.scheme import FLOAT8, FLOAT8_TENSOR, FLOAT8_TOKEN, INT8, INT8_TOKEN, Scheme
+from puna.quant import rescale
 from puna.quant.moments import Moments
 from puna.quant.rescale import FOLDS, HEAD_FOLD, apply_scale, awq, shared_heads, smooth
 
@@ -52,6 +53,21 @@ def test_smooth_repairs_planted_outliers(activations):
     assert found.loss <= half.loss
     assert len(found.curve) == 13
     assert found.loss == min(loss for _, loss in found.curve)
+
+
+def test_scales_are_the_papers():
+    x = correlated_inputs(500, 64, outliers=2)
+    weights = [heavy_weight(48, 64), heavy_weight(16, 64, 1)]
+    stacked = torch.cat(weights).abs()
+    in_group = stacked / stacked.unflatten(1, (2, 32)).amax(2, keepdim=True).expand(-1, -1, 32).flatten(1)
+    for share in (0.2, 0.7):
+        for found, expected in (
+            (smooth(weights, seen(x), [INT8, INT8], INT8_TOKEN, shares=(share,)), x.abs().amax(0) ** share / stacked.amax(0) ** (1 - share)),
+            (awq(weights, seen(x), [INT4_G32, INT4_G32], shares=(share,)), x.abs().mean(0) ** share / in_group.mean(0) ** (1 - share)),
+        ):  # fmt: skip
+            assert found.share == share
+            expected /= (expected.max() * expected.min()).sqrt()
+            torch.testing.assert_close(found.scale_D, expected, rtol=1e-4, atol=0)
 
 
 def test_awq_repairs_planted_outliers():
@@ -175,3 +191,16 @@ def test_bad_scales_are_refused(bad):
     scale[3] = bad
     with pytest.raises(PunaError, match="not all positive"):
         apply_scale(tensors, FOLDS[0], scale)
+
+
+def test_few_rows_find_as_good_a_scale(monkeypatch):
+    """Candidates are tried on every sixth row, in four parts; the losses told are still those of all rows."""
+    x = correlated_inputs(400, 64, outliers=2)
+    weights, schemes = [heavy_weight(96, 64), heavy_weight(48, 64, 1)], [INT4_G32, FLOAT8_TENSOR]
+    whole = awq(weights, seen(x), schemes)
+    monkeypatch.setattr(rescale, "_ROWS", 16)
+    part = awq(weights, seen(x), schemes)
+    assert part.plain_loss == pytest.approx(whole.plain_loss, rel=1e-6)
+    assert part.loss == pytest.approx(damage(x, weights, schemes, None, part.scale_D), rel=1e-3)
+    assert part.loss < 1.1 * whole.loss < 0.9 * whole.plain_loss
+    assert part.curve != whole.curve

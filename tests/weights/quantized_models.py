@@ -96,26 +96,3 @@ def write(
         for part, tensors in parts_of(parameters_of(model)).items():
             writer.add(part, {name: quantized.get(name.removesuffix(".weight"), t) for name, t in tensors.items()})
         return writer.finish(kv)
-
-
-# --- STUB until helper A's QuantizedLinear is there ---
-import puna.model.linear as _linear  # noqa: E402
-
-if not hasattr(_linear, "QuantizedLinear"):
-
-    class QuantizedLinear(torch.nn.Module):
-        def __init__(self, weight, bias, dtype):
-            super().__init__()
-            self.quantized, self.bias = weight, bias
-
-        def forward(self, x):
-            return self.quantized.product(x, self.bias)
-
-        def forward_all(self, layers, x):
-            return [layer(x) for layer in layers]
-
-        @property
-        def weight(self):
-            return self.quantized.dequantize()
-
-    _linear.QuantizedLinear = QuantizedLinear

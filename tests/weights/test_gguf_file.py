@@ -237,7 +237,7 @@ write_gguf(sys.argv[1], {}, {"t": ("F32", (8,))}, lambda name: torch.zeros(32, d
 before = peak()
 write_gguf(sys.argv[1], {}, entries, lambda name: torch.full((4096 * 1024 * 4,), 1, dtype=torch.uint8))
 file = GgufFile(sys.argv[1])
-assert all(int(file.raw(name).sum()) == 4096 * 1024 * 4 for name in entries)
+assert all(int(file.raw(name).min()) == 1 for name in entries)
 print(peak() - before)
 """
     done = subprocess.run(

@@ -3,6 +3,9 @@
 from __future__ import annotations
 
 import json
+import os
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
@@ -11,13 +14,15 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from puna.base.console import PunaError
+from puna.model.spec import Spec
 from puna.model.transformer import Transformer
 from puna.ops.formats.layer import QuantizedWeight
 from puna.ops.formats.packed import pack
 from puna.ops.formats.scheme import Scheme
+from puna.weights.export import QuantizedWriter
 from puna.weights.folder import load_model
 from puna.weights.reader import WeightReader
-from weights.quantized_models import logits, parameters_of, quantize, random_model, write
+from weights.quantized_models import logits, parameters_of, parts_of, quantize, random_model, write
 
 AWQ_ORDER = (0, 2, 4, 6, 1, 3, 5, 7)
 LAYER, NAME = "layers.0.mlp.up_proj", "model.layers.0.mlp.up_proj"
@@ -179,3 +184,49 @@ def test_a_missing_tensor_is_refused(model, tmp_path, end) -> None:
     save_file(state, folder / "model.safetensors", {"format": "pt"})
     with pytest.raises(PunaError, match=f"missing {NAME}.{end}"):
         load_model(folder)
+
+
+PEAK = """
+import sys, puna, torch
+from pathlib import Path
+from puna.model.linear import QuantizedLinear
+def peak(): return int(next(l for l in Path("/proc/self/status").read_text().splitlines() if l.startswith("VmHWM")).split()[1])
+warm = puna.load_model(sys.argv[1])  # imports, thread pools and measurements of kernels are not the model's
+before = peak()
+model = puna.load_model(sys.argv[2])
+packed = sum(m.nbytes for m in model.modules() if isinstance(m, QuantizedLinear))
+print((peak() - before) * 1024 / (packed + sum(p.nbytes for p in model.parameters())))
+"""
+
+
+@pytest.mark.skipif(not sys.platform.startswith("linux"), reason="reads /proc")
+@pytest.mark.parametrize("format", ["compressed-tensors", "gptq"])
+def test_peak_memory_while_loading(model, tmp_path, format) -> None:
+    """At most 1.2 times what the loaded model holds, kernels' copies included."""
+    scheme = Scheme(4, "int", True, "group", 128)
+    spec = Spec(vocab_size=8000, hidden_size=1024, num_hidden_layers=20, num_attention_heads=8,
+                              num_key_value_heads=8, head_dim=128, intermediate_size=3072)  # fmt: skip
+    with torch.device("meta"):
+        shapes = {name: tuple(parameter.shape) for name, parameter in Transformer(spec).named_parameters()}
+    with QuantizedWriter(tmp_path / "m", spec, None, format) as writer:
+        for part, tensors in parts_of({name: torch.empty(1) for name in shapes}).items():
+            full: dict[str, Tensor | QuantizedWeight] = {}
+            for name in tensors:
+                rows, *columns = shapes[name]
+                if name.endswith("proj.weight"):
+                    codes = torch.randint(-8, 8, (rows, columns[0]), dtype=torch.int8)
+                    scales = torch.full((rows, columns[0] // 128), 0.01, dtype=torch.float16)
+                    full[name] = QuantizedWeight(pack(codes, scheme, scales))
+                else:
+                    full[name] = torch.full(shapes[name], 0.5)
+            writer.add(part, full)
+        writer.finish()
+    small = write(
+        tmp_path / "s", model, quantize(model, Scheme(4, "int", True, "group", 32), scale_dtype=torch.float16)
+    )
+    command = [sys.executable, "-c", PEAK, str(small), str(tmp_path / "m")]
+    ended = subprocess.run(
+        command, check=True, capture_output=True, timeout=240, env={**os.environ, "OMP_NUM_THREADS": "1"}
+    )
+    print("RATIO", ended.stdout)
+    assert float(ended.stdout) <= 1.2

@@ -9,7 +9,7 @@ import tyro
 
 from puna.base.console import PunaError, table
 from puna.cli.corpus import shards_export, shards_import, shards_verify, tokenize, tokenizer_train
-from puna.cli.models import chat, generate, info
+from puna.cli.models import chat, convert, generate, info
 from puna.cli.quantize import quantize
 from puna.cli.training import plan, quickstart, train
 
@@ -23,6 +23,7 @@ VERBS: dict[str, Callable[..., None]] = {
     "train": train,
     "plan": plan,
     "quantize": quantize,
+    "convert": convert,
     "generate": generate,
     "chat": chat,
     "info": info,

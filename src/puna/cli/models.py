@@ -1,4 +1,4 @@
-"""Verbs about a model that is there: one completion, a talk, its card."""
+"""Verbs about a model that is there: one completion, a talk, its card, another format."""
 
 from __future__ import annotations
 
@@ -125,6 +125,40 @@ def info(model: Model, /, seq_len: int = 0, verify: bool = False, json: bool = F
     if not json:
         print_card(card)
     answer(card, json)
+
+
+def convert(
+    source: Annotated[str, tyro.conf.arg(metavar="SRC")],
+    /,
+    to: Literal["hf", "compressed-tensors", "gptq", "gptq_v2", "awq", "gguf", "meta"],
+    out: str,
+    type: str = "Q4_K_M",
+    imatrix: str = "",
+    dtype: Literal["auto", "float32", "bfloat16", "float16"] = "auto",
+    no_tokenizer: bool = False,
+    json: bool = False,
+) -> None:
+    """Bring a model into another format, without rounding it anew, and read the result back.
+
+    Packed codes are moved as they are between compressed-tensors, GPTQ and AWQ; hf, meta and gguf get plain weights
+    (gguf rounds them to its type). What is there is never overwritten.
+
+    Args:
+        source: A model folder (plain or quantized), Meta's folder, or a .gguf file.
+        to: Format to write.
+        out: Folder to write, or FILE.gguf; it must not exist.
+        type: Of a gguf file: F32, F16, BF16, Q8_0, Q6_K, Q5_K_M, Q4_K_M, Q4_0, ...
+        imatrix: Importance matrix of llama.cpp for a gguf file.
+        dtype: Of plain numbers; auto: the source's, float32 for dequantized ones.
+        no_tokenizer: Leave the tokenizer out.
+        json: Print one JSON object as the last line of stdout.
+    """
+    from puna.serve.convert import Conversion, print_conversion, run_convert
+
+    found = run_convert(Conversion(source, to, out, type, imatrix, dtype, not no_tokenizer))
+    if not json:
+        print_conversion(found)
+    answer(found, json)
 
 
 def _prompt(text: str | None, ids: str | None) -> str | list[int]:

@@ -13,7 +13,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from puna.model.attention import Attend, Attention, RMSNorm
-from puna.model.linear import Linear, apply_all
+from puna.model.linear import Linear, QuantizedLinear, apply_all
 from puna.model.rope import attention_scale, inverse_frequencies
 from puna.model.spec import Spec
 from puna.ops import linear as ops
@@ -85,11 +85,17 @@ class Transformer(nn.Module):
 
     def logits(self, hidden_TD: Tensor) -> Tensor:
         """Scores over the vocabulary (T, V)."""
+        head: nn.Module | None = self.lm_head
+        if isinstance(head, QuantizedLinear):
+            return head.product(hidden_TD)
         return self.score(hidden_TD, self.head_weight)
 
     @property
     def head_weight(self) -> Tensor:
-        """The output head (V, D): its own, or the embedding when tied."""
+        """The output head (V, D): its own, or the embedding when tied. A quantized one becomes numbers every time."""
+        head: nn.Module | None = self.lm_head
+        if isinstance(head, QuantizedLinear):
+            return head.dequantize(self.embed.dtype)
         return self.embed if self.lm_head is None else self.lm_head.weight
 
     def init_weights(self, generator: torch.Generator | None = None) -> None:

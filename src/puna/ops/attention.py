@@ -131,6 +131,10 @@ class CachedCausal:
         end = self.start + tokens
         first = 0 if window is None else max(0, self.start - window + 1)
         self._write(layer, k_TGK, v_TGK)
+        if tokens == 1 and self.scales is not None:
+            codes = self.keys[layer][:, first:end], self.values[layer][:, first:end]
+            if (out := _one_query_of_codes(q_THK, *codes, self.scales, layer)) is not None:
+                return out
         k_GSK, v_GSK = self._read(layer, slice(first, end), q_THK.dtype)
         if tokens == 1:
             return _one_query(q_THK, k_GSK, v_GSK)
@@ -169,6 +173,19 @@ def _one_query(q_1HK: Tensor, k_GSK: Tensor, v_GSK: Tensor) -> Tensor:
         return token.query(q_1HK, k_GSK, v_GSK)
     q_GRK = q_1HK.view(k_GSK.shape[0], -1, k_GSK.shape[2])
     return F.scaled_dot_product_attention(q_GRK[None], k_GSK[None], v_GSK[None]).view(q_1HK.shape)
+
+
+def _one_query_of_codes(q_1HK: Tensor, k_GSK: Tensor, v_GSK: Tensor, scales: KVScales, layer: int) -> Tensor | None:
+    """As `_one_query`, over a cache that is read as it is, one byte a number; None where no kernel does that."""
+    q_scaled = q_1HK.float() * _of_queries(scales.keys[layer], q_1HK)
+    if torch.compiler.is_compiling() or not token.serves_query(q_scaled, k_GSK, v_GSK):
+        return None
+    return (token.query(q_scaled, k_GSK, v_GSK) * _of_queries(scales.values[layer], q_1HK)).to(q_1HK.dtype)
+
+
+def _of_queries(scale: Tensor, q_1HK: Tensor) -> Tensor:
+    """(1,) or (G,) -> (H, 1): each query head's own."""
+    return scale.repeat_interleave(q_1HK.shape[1] // len(scale))[:, None]
 
 
 def causal_mask(queries: int, keys: int, window: int | None, device: torch.device) -> Tensor:

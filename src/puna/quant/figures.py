@@ -18,7 +18,7 @@ from puna.quant.config import format_text, parse_format
 from puna.quant.score import Estimate, Score
 
 _BETTER_BITS = {2: 3, 3: 4, 4: 8, 5: 8, 6: 8, 7: 8}  # the next format that tools read
-_SCALE_BITS = 16
+_SCALE_BITS = _PLAIN_BITS = 16
 
 
 @dataclass(frozen=True)
@@ -144,13 +144,17 @@ def better_format(text: str) -> str:
     return "int8" if bits == 8 else format_text(dataclasses.replace(scheme, bits=bits))
 
 
-def suggestion(layer: Layer) -> Suggestion:
-    """The next better format for a layer, and what it costs."""
+def suggestion(layer: Layer, files: str = "") -> Suggestion:
+    """The next better format for a layer that `files` (their format) can hold, and what it costs."""
     better = better_format(layer.format)
+    if better and files == "awq":
+        better = "none"  # one number format must do for all of its layers
     if not better:
         return Suggestion(layer, "")
     scheme = parse_format(better)
-    bits = 16.0 if scheme is None else scheme.bits + (_SCALE_BITS / scheme.group_size if scheme.group_size else 0)
+    bits = (
+        _PLAIN_BITS if scheme is None else scheme.bits + (_SCALE_BITS / scheme.group_size if scheme.group_size else 0)
+    )
     return Suggestion(layer, better, max(0.0, (bits - layer.bits_per_weight) * layer.weights / 8))
 
 

@@ -22,7 +22,7 @@ from puna.base.console import PunaError
 from puna.ops.formats.rounding import check_finite
 
 SAMPLE_ROWS = 512
-_PANEL = 1024  # columns of second_DD summed at a time
+_PANEL = 256  # columns of second_DD summed at a time
 _NEVER = torch.iinfo(torch.int64).max  # the lot of a row that is padding
 
 Reduce = Callable[[Tensor, Literal["sum", "max", "cat"]], Tensor]

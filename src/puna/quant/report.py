@@ -20,6 +20,7 @@ from puna.quant.score import Estimate, Repaired
 WORST = 5
 WORST_HEADER = ("layer", "format", "bits", "rounding", "after", "suggestion", "costs")
 NOTES_SHOWN = 5
+OVERRIDES_SHOWN = 3
 
 
 @dataclass
@@ -70,7 +71,7 @@ class Report:
         measured = [layer for layer in self.layers if not layer.error < 0]
         # A NaN is worse than any number.
         measured.sort(key=lambda layer: -math.inf if math.isnan(layer.error) else -layer.error)
-        return [suggestion(layer) for layer in measured[:number]]
+        return [suggestion(layer, self.format) for layer in measured[:number]]
 
     def verdict(self, max_increase: float | None = None) -> Verdict:
         """Passed? `max_increase`: of perplexity, relative (see `parse_increase`); None: anything finite passes.
@@ -245,7 +246,9 @@ def describe(config: Mapping[str, Any]) -> str:
     """A configuration in one line: `int4_g128, gptq, kv int8`; what is switched off goes without saying."""
     used = {name: config[name] for name in _TOLD if config.get(name) not in (None, 0, "none", "nearest")}
     words = [_TOLD[name].format(value) for name, value in used.items()]
-    return ", ".join([*words, *(f"override {override}" for override in config.get("overrides", ()))])
+    overrides = config.get("overrides") or ()
+    few = [f"override {override}" for override in overrides]
+    return ", ".join(words + (few if len(few) <= OVERRIDES_SHOWN else [f"{len(few)} overrides"]))
 
 
 def _shown(found: object) -> str:

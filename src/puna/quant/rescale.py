@@ -32,6 +32,7 @@ from puna.quant.moments import Moments
 AWQ_SHARES = tuple(i / 20 for i in range(21))
 SMOOTH_SHARES = tuple(0.3 + i / 20 for i in range(13))
 _LEAST, _MOST = 1e-4, 1e4  # scales outside, after centering on 1, would trade one outlier for another
+_ROWS = 1024  # of a weight that candidates are tried on, evenly spread
 _SMALL = 1e-5  # of the mean: below it a column counts as this large, dead columns included
 
 
@@ -57,7 +58,7 @@ class Rescale:
     """scale_D to multiply the consumers' columns with; all 1 if nothing was gained.
 
     share: the exponent a, None for all 1. loss: squared error of the outputs on the sample; plain_loss: with s = 1.
-    curve: (a, loss) of every candidate.
+    curve: (a, loss) of every candidate, on the rows that candidates are tried on.
     """
 
     scale_D: Tensor
@@ -175,30 +176,50 @@ def _search(
     shares: Sequence[float],
 ) -> Rescale:
     moments.check()
-    pairs = [(w.detach().float(), scheme) for w, scheme in zip(weights, schemes, strict=True)]
-    wanted = [moments.sample_TD @ weight_ND.t() for weight_ND, _ in pairs]
-    scales = [torch.ones_like(moments.absmax_D), *candidates]
-    losses = torch.stack([_loss(pairs, wanted, moments, activations, scale_D) for scale_D in scales]).tolist()
-    best = min(range(len(losses)), key=losses.__getitem__)  # the first of equals: all 1
-    curve = tuple(zip(shares, losses[1:], strict=True))
-    return Rescale(scales[best], shares[best - 1] if best else None, losses[best], losses[0], curve)
+    pairs = list(zip(weights, schemes, strict=True))
+    tried = [_some_rows(weight_ND, scheme) for weight_ND, scheme in pairs]
+    curve = _losses(tried, moments, activations, candidates)
+    best = min(range(len(curve)), key=curve.__getitem__)
+    ones_D = torch.ones_like(moments.absmax_D)
+    plain_loss, loss = _losses(pairs, moments, activations, [ones_D, candidates[best]])
+    told = tuple(zip(shares, curve, strict=True))
+    if loss < plain_loss:
+        return Rescale(candidates[best], shares[best], loss, plain_loss, told)
+    return Rescale(ones_D, None, plain_loss, plain_loss, told)
 
 
-def _loss(
+def _some_rows(weight_ND: Tensor, scheme: Scheme | None) -> tuple[Tensor, Scheme | None]:
+    """Every k-th row, where rows do not share scales: enough to tell candidates apart."""
+    step = -(-weight_ND.shape[0] // _ROWS) if _is_by_row(scheme) else 1
+    return weight_ND[:: max(1, step)], scheme
+
+
+def _losses(
     pairs: Sequence[tuple[Tensor, Scheme | None]],
-    wanted: Sequence[Tensor],
     moments: Moments,
     activations: Scheme | None,
-    scale_D: Tensor,
-) -> Tensor:
-    """Squared error of all outputs on the sample with weights times s and inputs over s rounded."""
-    x_TD = _rounded_inputs(moments.sample_TD / scale_D, moments.absmax_D / scale_D, activations)
-    total = scale_D.new_zeros((), dtype=torch.float64)
-    for (weight_ND, scheme), wanted_TN in zip(pairs, wanted, strict=True):
-        scaled_ND = weight_ND * scale_D
-        rounded_ND = scaled_ND if scheme is None else fake_quantize(scaled_ND, scheme)
-        total += (x_TD @ rounded_ND.t()).sub_(wanted_TN).square_().sum(dtype=torch.float64)
-    return total
+    scales: Sequence[Tensor],
+) -> list[float]:
+    """For every s the squared error of all outputs on the sample, weights times s and inputs over s rounded."""
+    parts = [(part_ND, scheme) for weight_ND, scheme in pairs for part_ND in _parts(weight_ND, scheme)]
+    wanted = [moments.sample_TD @ part_ND.float().t() for part_ND, _ in parts]
+    totals = moments.absmax_D.new_zeros(len(scales), dtype=torch.float64)
+    for total, scale_D in zip(totals, scales, strict=True):
+        x_TD = _rounded_inputs(moments.sample_TD / scale_D, moments.absmax_D / scale_D, activations)
+        for (part_ND, scheme), wanted_TN in zip(parts, wanted, strict=True):
+            scaled_ND = part_ND * scale_D
+            rounded_ND = scaled_ND if scheme is None else fake_quantize(scaled_ND, scheme)
+            total += (x_TD @ rounded_ND.t()).sub_(wanted_TN).square_().sum(dtype=torch.float64)
+    return [float(total) for total in totals.tolist()]
+
+
+def _parts(weight_ND: Tensor, scheme: Scheme | None) -> tuple[Tensor, ...]:
+    """The weight in ranges of rows, so that what is held beside it is bounded; whole where rows share scales."""
+    return weight_ND.detach().split(_ROWS if _is_by_row(scheme) else max(1, weight_ND.shape[0]))
+
+
+def _is_by_row(scheme: Scheme | None) -> bool:
+    return scheme is None or scheme.granularity in ("channel", "group")
 
 
 def _rounded_inputs(x_TD: Tensor, absmax_D: Tensor, activations: Scheme | None) -> Tensor:

@@ -38,7 +38,7 @@ from puna.quant.sensitivity import PROBE_TOKENS, candidates, measure_damage
 from puna.quant.streams import Stream
 from puna.quant.walk import Job, Outcome, Tensors, Walk
 from puna.serve.calibrate import find_tokenizer, read_sequences
-from puna.serve.ranks import Ranks
+from puna.serve.ranks import Ranks, open_ranks
 from puna.serve.reload import check_reload
 from puna.serve.speed import available_memory, compare_speed
 from puna.text.tokenizer import Tokenizer
@@ -83,15 +83,25 @@ def choose_config(model: str, preset: str, changes: Mapping[str, Any]) -> QuantC
     return QuantConfig.of(table | dict(changes))
 
 
+def quantize(model: str | Path, config: QuantConfig, out: str | Path, **more: Any) -> dict[str, Any]:
+    """Quantize a model folder into the folder `out`; the report's figures. `more`: fields of `Request`.
+
+    Raises PunaError for what cannot be, and for a result worse than `max_ppl_increase` allows.
+    """
+    return run_quantize(Request(str(model), str(out), config, **more), quiet=True)
+
+
 def run_quantize(request: Request, quiet: bool = False) -> dict[str, Any]:
     """Do it; the report's figures. Raises PunaError for what cannot be, and for a result worse than was allowed."""
     limit = parse_increase(request.max_ppl_increase) if request.max_ppl_increase else None
-    with Ranks(request.device) as ranks:
+    with open_ranks(request.device) as ranks:
         plan = make_plan(request, ranks)
         if ranks.rank:
+            ranks.agree("writer", "ready")
             run_walk(plan, ranks, lambda part, tensors: None)
             return {}
         with _writer(request, plan) as writer:
+            ranks.agree("writer", "ready")
             outcome = run_walk(plan, ranks, writer.add)
             report = make_report(request, plan, outcome, writer.stage(outcome.kv, _provenance(request, plan)))
             verdict = report.verdict(limit)
@@ -101,7 +111,7 @@ def run_quantize(request: Request, quiet: bool = False) -> dict[str, Any]:
         write_json(folder / CARDS[0], report.to_json())
         report_page(report, folder / CARDS[1], verdict)
     if not quiet:
-        print(report.text())
+        print(report.text(verdict))
     if not verdict.passed:
         raise PunaError(
             f"the result was set aside in {folder}: {verdict.message}",
@@ -154,7 +164,7 @@ def make_plan(request: Request, ranks: Ranks) -> Plan:
         warnings = [*warnings, *text.warnings]
     _check_disk(request, forms, reader.spec, text)
     plan = Plan(reader, tokenizer, config, text, out.with_name(f"{out.name}.partial") / f"walk-{ranks.rank}", warnings)
-    ranks.agree("quantization", json.dumps(_identity(request, plan)))
+    ranks.agree("quantization", json.dumps(_identity(plan)))
     if config.target_bits:
         plan = replace(plan, config=_allocate(request, plan))
     return plan
@@ -167,7 +177,14 @@ def complete(config: QuantConfig, spec: Spec) -> QuantConfig:
         raise PunaError(f"seq_len is {seq_len}, the model's context {spec.max_len}", f"use at most {spec.max_len}")
     widest = max(spec.hidden_size, spec.intermediate_size, spec.num_attention_heads * spec.head_dim)
     tokens = max(_LEAST_TOKENS, _TOKENS_PER_INPUT * widest)
-    return replace(config, seq_len=seq_len, samples=config.samples or -(-tokens // seq_len))
+    full = replace(config, seq_len=seq_len, samples=config.samples or -(-tokens // seq_len))
+    if config.rounding == "gptq" and full.samples * seq_len < widest:
+        raise PunaError(
+            f"{full.samples} calibration sequences of {seq_len} tokens are fewer than the {widest} inputs of the "
+            "widest layer: gptq would fit their noise",
+            f"use --samples {-(-2 * widest // seq_len)} or more, or leave it out",
+        )
+    return full
 
 
 def choose_format(request: Request) -> str:
@@ -212,7 +229,7 @@ def run_walk(plan: Plan, ranks: Ranks, keep: Callable[[str, Tensors], None]) -> 
         bytes_ST = None if text.bytes_ST is None else text.bytes_ST[judged]
         mine = text.calibration_ST[ranks.rank :: ranks.size]
         text = Sequences(mine, text.evaluation_ST[judged], text.targets_ST[judged], bytes_ST)
-    plan.work.mkdir(parents=True, exist_ok=True)
+    _same_job(plan)
     scales = torch.bfloat16 if plan.dtype is torch.bfloat16 else torch.float16
     read = functools.partial(_whole, plan.reader)
     job = Job(plan.spec, plan.config, read, text, plan.work, ranks.device, ranks.reduce, scales)
@@ -290,7 +307,20 @@ def _provenance(request: Request, plan: Plan) -> dict[str, Any]:
     return {"source": request.model, "calibration": calibration, "puna": __version__, "command": request.command}
 
 
-def _identity(request: Request, plan: Plan) -> dict[str, Any]:
+def _same_job(plan: Plan) -> None:
+    """Refuse to go on with what another job left; a new one leaves its mark."""
+    plan.work.mkdir(parents=True, exist_ok=True)
+    mark, identity = plan.work / "job.json", json.loads(json.dumps(_identity(plan)))
+    if not mark.exists():
+        write_json(mark, identity)
+    elif read_json(mark) != identity:
+        raise PunaError(
+            f"{plan.work.parent} is of an interrupted run on another model or other text",
+            f"give the same options to go on with it, or remove {plan.work.parent} to begin anew",
+        )
+
+
+def _identity(plan: Plan) -> dict[str, Any]:
     """What must be the same for ranks of one job, and for a run that goes on."""
     text = {} if plan.text is None else plan.text.provenance
     digests = {key: text.get(key) for key in ("calibration_sha256", "evaluation_sha256")}

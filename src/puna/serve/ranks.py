@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
-from contextlib import ExitStack
-from pathlib import Path
-from typing import Any, Literal, Self
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from typing import Literal
 
 import torch
 import torch.distributed as dist
@@ -12,34 +13,26 @@ from torch import Tensor
 
 from puna.base.hardware import pick_device
 from puna.parallel.degrees import Degrees
-from puna.parallel.launch import Meeting, Place
+from puna.parallel.launch import Meeting
 from puna.parallel.world import Settings, World, choose_device
 
+_PATIENCE = 3600.0  # seconds: a rank may judge, or measure speed, while the others wait for it
 
+
+@dataclass(frozen=True)
 class Ranks:
-    """This process among its neighbours; a context, in which one rank's failure ends all."""
+    """This process among its neighbours."""
 
-    def __init__(self, device: str):
-        self._name = device
+    meeting: Meeting
+    device: torch.device
 
-    def __enter__(self) -> Self:
-        with ExitStack() as stack:
-            self.meeting = Meeting()
-            stack.enter_context(self.meeting.together())
-            place: Place = self.meeting.place
-            self.rank, self.size = place.rank, place.size
-            self.device = choose_device(pick_device(self._name).type, place)
-            settings = Settings(timeout=1800.0, flight=Path("flight"))
-            self._world = World(self.meeting, Degrees(dp_shard=place.size), self.device, settings, needs_mesh=False)
-            self._stack = stack.pop_all()
-        return self
+    @property
+    def rank(self) -> int:
+        return self.meeting.place.rank
 
-    def __exit__(self, *error: Any) -> None:
-        with self._stack:
-            if error[0] is None:
-                self._world.close()
-            else:
-                self._stack.__exit__(*error)
+    @property
+    def size(self) -> int:
+        return self.meeting.place.size
 
     def agree(self, name: str, value: str) -> None:
         """Refuse to go on where ranks do not have the same value."""
@@ -56,3 +49,15 @@ class Ranks:
         joined = tensor.clone()
         dist.all_reduce(joined, dist.ReduceOp.SUM if how == "sum" else dist.ReduceOp.MAX)
         return joined
+
+
+@contextmanager
+def open_ranks(device: str) -> Iterator[Ranks]:
+    """All processes of this job; inside, one's failure ends all."""
+    meeting = Meeting()
+    with meeting.together():
+        chosen = choose_device(pick_device(device).type, meeting.place)
+        settings = Settings(first_timeout=_PATIENCE, timeout=_PATIENCE)
+        world = World(meeting, Degrees(dp_shard=meeting.place.size), chosen, settings, needs_mesh=False)
+        yield Ranks(meeting, chosen)
+        world.close()

@@ -14,6 +14,7 @@ from torch import Tensor, nn
 from puna.base.console import PunaError
 from puna.base.hardware import dtype_name, parse_dtype, pick_device
 from puna.base.storage import atomic_folder, write_json
+from puna.model.linear import QuantizedLinear
 from puna.model.spec import Spec
 from puna.model.transformer import Transformer
 from puna.text.tokenizer import Tokenizer
@@ -141,8 +142,6 @@ def _fill_quantized(
     dequantize: bool,
 ) -> None:
     """As `_fill`, layer by layer: a quantized layer takes the plain one's place, with its bias."""
-    from puna.model.linear import QuantizedLinear
-
     packed = {} if dequantize else layers.formats
     for name in files.shapes:
         layer, _, end = name.rpartition(".")

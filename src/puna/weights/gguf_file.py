@@ -15,6 +15,7 @@ import mmap
 import os
 import struct
 from collections.abc import Callable, Mapping
+from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -245,11 +246,10 @@ def write_gguf(
         os.replace(beside, path)
         sync_folder(path.parent)
     except OSError as error:
-        beside.unlink(missing_ok=True)
         raise disk_error(error, path) from error
-    except BaseException:
-        beside.unlink(missing_ok=True)
-        raise
+    finally:
+        with suppress(OSError):  # after the rename there is nothing left
+            beside.unlink()
 
 
 def _front(metadata: Mapping[str, Any], entries: Mapping[str, tuple[str, tuple[int, ...]]]) -> bytes:

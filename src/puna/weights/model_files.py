@@ -101,7 +101,7 @@ def find_tokenizer(path: str | Path) -> Tokenizer | None:
     """The tokenizer of a model folder or GGUF file; None if it has none."""
     if is_gguf(path):
         metadata = GgufSource(path).metadata
-        return tokenizer_of(metadata) if "tokenizer.ggml.model" in metadata else None
+        return None if metadata.get("tokenizer.ggml.model", "no_vocab") == "no_vocab" else tokenizer_of(metadata)
     there = any((Path(path) / name).exists() for name in ("tokenizer.json", "tokenizer.model"))
     return Tokenizer.load(path) if there else None
 

@@ -74,6 +74,9 @@ class PartJournal:
             else:
                 self._check(lines[0], header)
             self.parts = self._finished(lines[1:])
+        except OSError as error:
+            self._file.close()
+            raise disk_error(error, folder) from error
         except BaseException:
             self._file.close()
             raise

@@ -18,20 +18,30 @@ from puna.base.console import PunaError
 from puna.ops.formats import gguf_k as k
 from puna.ops.formats import gguf_simple as simple
 from puna.ops.formats.pieces import PIECE, for_each_piece
+from puna.ops.native import kblocks
 
 _SEARCH_PIECE = 20 << 10  # numbers; the search adds three sums at once, whose first step has 1.5 numbers for each
+_NATIVE_PIECE = 4 << 20  # numbers that the native search takes at once, as fp32
 
 
 @dataclass(frozen=True)
 class BlockType:
-    """A row of ggml's table: its number in files, weights and bytes per block, and the functions on (blocks, size)."""
+    """A row of ggml's table: its number in files, weights and bytes per block, and the functions on (blocks, size).
+
+    trials: for types whose scales are searched, what the range of a group is divided by, one after another.
+    """
 
     number: int
     weights: int
     bytes: int
     quantize: Callable[..., Tensor]
     dequantize: Callable[[Tensor], Tensor]
-    takes_importance: bool = False
+    trials: tuple[float, ...] = ()
+
+    @property
+    def takes_importance(self) -> bool:
+        """Whether there is something to choose, so that it matters which columns count."""
+        return bool(self.trials)
 
     @property
     def bits_per_weight(self) -> float:
@@ -54,9 +64,9 @@ TYPES = {
     "Q5_0": BlockType(6, 32, 22, simple.quantize_q5_0, simple.dequantize_q5_0),
     "Q5_1": BlockType(7, 32, 24, simple.quantize_q5_1, simple.dequantize_q5_1),
     "Q8_0": BlockType(8, 32, 34, simple.quantize_q8_0, simple.dequantize_q8_0),
-    "Q4_K": BlockType(12, 256, 144, k.quantize_q4_k, k.dequantize_q4_k, True),
-    "Q5_K": BlockType(13, 256, 176, k.quantize_q5_k, k.dequantize_q5_k, True),
-    "Q6_K": BlockType(14, 256, 210, k.quantize_q6_k, k.dequantize_q6_k, True),
+    "Q4_K": BlockType(12, 256, 144, k.quantize_q4_k, k.dequantize_q4_k, k.TRIALS_4),
+    "Q5_K": BlockType(13, 256, 176, k.quantize_q5_k, k.dequantize_q5_k, k.TRIALS_5),
+    "Q6_K": BlockType(14, 256, 210, k.quantize_q6_k, k.dequantize_q6_k, k.TRIALS_6),
 }
 
 
@@ -84,6 +94,10 @@ def quantize_gguf(weight_ND: Tensor, name: str, importance_D: Tensor | None = No
     importance_D = _check_importance(importance_D, width) if kind.takes_importance else None
     blocks = weight_ND.contiguous().view(-1, kind.weights)
     data = blocks.new_empty(blocks.shape[0], kind.bytes, dtype=torch.uint8)
+    rows = (*weight_ND.shape[:-1], width // kind.weights * kind.bytes)
+    if kind.trials and kblocks.serves(blocks):
+        _search_natively(blocks, data, kind, importance_D)
+        return data.view(rows)
 
     def work(part: slice) -> None:
         x = blocks[part].float()
@@ -93,7 +107,14 @@ def quantize_gguf(weight_ND: Tensor, name: str, importance_D: Tensor | None = No
             data[part] = kind.quantize(x, _importance_of(part, importance_D, kind.weights))
 
     for_each_piece(blocks, work, _SEARCH_PIECE if kind.takes_importance else PIECE)
-    return data.view(*weight_ND.shape[:-1], width // kind.weights * kind.bytes)
+    return data.view(rows)
+
+
+def _search_natively(blocks: Tensor, data: Tensor, kind: BlockType, importance_D: Tensor | None) -> None:
+    step = _NATIVE_PIECE // kind.weights
+    for start in range(0, len(blocks), step):
+        part = slice(start, start + step)
+        kblocks.quantize(blocks[part].detach().float(), data[part], kind.trials, importance_D, start)
 
 
 def dequantize_gguf(data: Tensor, name: str) -> Tensor:

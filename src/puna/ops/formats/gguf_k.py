@@ -24,22 +24,23 @@ from torch import Tensor
 from puna.ops.formats.gguf_search import search_line, search_scale, total
 from puna.ops.formats.gguf_simple import half_bytes, halves, inverse
 
-# Tried around the obvious scale, in tenths of a code; finer ones were not better (gaussian and Student's t weights).
-_TRIALS_4 = tuple(0.1 * n - 1.0 for n in range(21))
-_TRIALS_5 = tuple(0.1 * n - 0.9 for n in range(19))
-_TRIALS_6 = tuple(0.1 * n for n in range(-9, 10))
+# What the range of a group is divided by: the number of codes and, in tenths, around it; finer steps were not better
+# (gaussian and Student's t weights).
+TRIALS_4 = tuple(15 + (0.1 * n - 1.0) for n in range(21))
+TRIALS_5 = tuple(31 + (0.1 * n - 0.9) for n in range(19))
+TRIALS_6 = tuple(-32 - 0.1 * n for n in range(-9, 10))
 _HALF_MAX = 65504.0
 
 
 def quantize_q4_k(x: Tensor, importance: Tensor | None = None) -> Tensor:
     """144 bytes per block."""
-    head, q = _line_codes(x, importance, 15, _TRIALS_4)
+    head, q = _line_codes(x, importance, 15, TRIALS_4)
     return torch.cat([head, _nibbles(q.view(-1, 4, 2, 32))], 1)
 
 
 def quantize_q5_k(x: Tensor, importance: Tensor | None = None) -> Tensor:
     """176 bytes per block."""
-    head, q = _line_codes(x, importance, 31, _TRIALS_5)
+    head, q = _line_codes(x, importance, 31, TRIALS_5)
     return torch.cat([head, _fifth_bits(q), _nibbles(q.view(-1, 4, 2, 32) & 15)], 1)
 
 
@@ -47,9 +48,9 @@ def quantize_q6_k(x: Tensor, importance: Tensor | None = None) -> Tensor:
     """210 bytes per block. Without importance an error counts by the square of the weight it is made on."""
     groups = x.view(-1, 16)
     weight = groups.square() if importance is None else importance.reshape(-1, 16)
-    scale = search_scale(groups.t().contiguous(), weight.t().contiguous(), -32, _TRIALS_6).view(-1, 16)
+    scale = search_scale(groups.t().contiguous(), weight.t().contiguous(), -32, TRIALS_6).view(-1, 16)
     peak = scale.gather(1, scale.abs().argmax(1, keepdim=True))
-    d = (peak / -128).clamp_(-_HALF_MAX, _HALF_MAX).half().float()
+    d = (peak / -128).clamp_(-_HALF_MAX, _HALF_MAX).add_(0.0).half().float()  # no -0
     sc = (scale * inverse(d)).round_().clamp_(-128, 127)
     steps = inverse(d * sc).repeat_interleave(16, 1)
     q = (x * steps).round_().clamp_(-32, 31).add_(32).to(torch.uint8)
@@ -116,13 +117,18 @@ def _weights(x: Tensor, importance: Tensor | None) -> Tensor:
     """How much an error on each weight counts: large weights count more, unimportant columns less."""
     squares = x.square()
     if importance is None:
-        return (total(squares.view(-1, 8, 32), 2) / 32).sqrt_().repeat_interleave(32, 1) + x.abs()
-    return squares.add_(total(squares, 1)[:, None] / 128).sqrt_().mul_(importance)
+        return _root(total(squares.view(-1, 8, 32), 2) / 32).repeat_interleave(32, 1) + x.abs()
+    return _root(squares.add_(total(squares, 1)[:, None] / 128)).mul_(importance)
+
+
+def _root(x: Tensor) -> Tensor:
+    """The square root, correctly rounded: torch's own in fp32 is so on some machines only."""
+    return x.double().sqrt_().float()
 
 
 def _six_bits(values: Tensor) -> tuple[Tensor, Tensor]:
     """Values >= 0 (blocks, 8) as unit * (0..63): the unit as fp16 keeps it, and the factors."""
-    unit = (values.amax(1, keepdim=True) / 63).clamp_(max=_HALF_MAX).half().float()
+    unit = (values.amax(1, keepdim=True) / 63).clamp_(max=_HALF_MAX).add_(0.0).half().float()  # no -0
     return unit, (values * inverse(unit)).round_().clamp_(0, 63)
 
 

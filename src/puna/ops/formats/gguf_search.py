@@ -38,8 +38,8 @@ def total(x: Tensor, dim: int = 0) -> Tensor:
 def search_line(x: Tensor, w: Tensor, highest: int, trials: Sequence[float]) -> tuple[Tensor, Tensor]:
     """(scale, offset), both >= 0, for x = scale q - offset with q in 0..highest.
 
-    trials: what is added to `highest` when the range is divided; 0 is the obvious scale. The offset cannot be negative
-    (the format subtracts an unsigned number), so a group of positive weights is coded from 0.
+    trials: what the range is divided by; `highest` gives the obvious scale. The offset cannot be negative (the format
+    subtracts an unsigned number), so a group of positive weights is coded from 0.
     """
     low = x.amin(0).clamp_(max=0)
     y = x - low
@@ -47,7 +47,7 @@ def search_line(x: Tensor, w: Tensor, highest: int, trials: Sequence[float]) -> 
     sum_w, sum_y, steps = total(w), total(w * y), inverse(span)
     sums = []
     for trial in trials:
-        q = (y * (steps * (highest + trial))).round_().clamp_(max=highest)
+        q = (y * (steps * trial)).round_().clamp_(max=highest)
         sums.append(_sums(w, q, y))
     sum_q, sum_qy, sum_qq = torch.stack(sums, 1)  # each (trials, S)
     det = sum_w * sum_qq - sum_q * sum_q
@@ -64,6 +64,7 @@ def search_line(x: Tensor, w: Tensor, highest: int, trials: Sequence[float]) -> 
 def search_scale(x: Tensor, w: Tensor, lowest: int, trials: Sequence[float]) -> Tensor:
     """Scale of either sign for x = scale q with q in lowest..-lowest-1; the largest |x| is near code `lowest`.
 
+    trials: what that largest number is divided by; `lowest` gives the obvious scale.
     For fixed codes the best scale is Sqx / Sqq and lowers the error by Sqx^2 / Sqq.
     """
     high, low = x.amax(0), x.amin(0)
@@ -71,7 +72,7 @@ def search_scale(x: Tensor, w: Tensor, lowest: int, trials: Sequence[float]) -> 
     steps = inverse(peak)
     sums = []
     for trial in trials:
-        q = (x * (steps * (lowest - trial))).round_().clamp_(lowest, -lowest - 1)
+        q = (x * (steps * trial)).round_().clamp_(lowest, -lowest - 1)
         sums.append(_sums(w, q, x))
     _, sum_qx, sum_qq = torch.stack(sums, 1)
     s = sum_qx / sum_qq

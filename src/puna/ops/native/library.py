@@ -13,7 +13,8 @@ from typing import NamedTuple
 PATH = Path(__file__).with_name("_kernels" + (sysconfig.get_config_var("EXT_SUFFIX") or ".so"))
 _FUNCTIONS = (
     "puna_gemv_float32", "puna_gemv_bfloat16", "puna_attention_forward", "puna_attention_backward",
-    "puna_norm_float32", "puna_norm_bfloat16", "puna_query_float32", "puna_query_bfloat16", "puna_fill_batch",
+    "puna_norm_float32", "puna_norm_bfloat16", "puna_query_float32", "puna_query_bfloat16", "puna_query_int8",
+    "puna_query_float8", "puna_fill_batch",
     "puna_packed_product", "puna_packed_dequantize",
 )  # fmt: skip
 LEVELS = ("baseline", "AVX2", "AVX-512")
@@ -40,7 +41,9 @@ def load() -> Library:
     try:
         kernels = ctypes.CDLL(str(PATH))
         for name in _FUNCTIONS:
-            many = [ctypes.c_int64] if name.endswith("product") or "gemv" in name else []  # how many structs lie one after another
+            many = (
+                [ctypes.c_int64] if name.endswith("product") or "gemv" in name else []
+            )  # how many structs lie one after another
             getattr(kernels, name).argtypes = [ctypes.c_char_p, *many]  # packed as the C++ file describes
         level = int(kernels.puna_cpu_level())
     except (OSError, AttributeError) as error:

@@ -126,14 +126,12 @@ template <int LANES> INLINE void arrange(const Problem &p, const Arranged &to, f
         float *x = to.x + r * to.x_row, *sums = to.sums + r * to.sum_row;
         read_row(p, r, row);
         for (int64_t b = 0; b < to.x_row; b += block) {
+            for (int64_t j = 0; j < codes; j++)
+                UNROLL for (int l = 0; l < LANES; l++) x[b + j * LANES + l] = row[b + codes * l + j];
+            if (!p.zeros) continue;
             floats<LANES> total{};
-            for (int64_t j = 0; j < codes; j++) {
-                floats<LANES> part;
-                UNROLL for (int l = 0; l < LANES; l++) part[l] = row[b + codes * l + j];
-                total += part;
-                store<LANES>(x + b + j * LANES, p.kind == INT4 ? part / float(1 << 4 * (j % 4)) : part);
-            }
-            if (p.zeros) store<LANES>(sums + b / codes, total);
+            for (int64_t j = 0; j < codes; j++) total += load<LANES>(x + b + j * LANES);
+            store<LANES>(sums + b / codes, total);
         }
     }
 }
@@ -164,10 +162,15 @@ template <int LANES, int KIND> INLINE floats<LANES> code(ints<LANES> word, int j
         ints<LANES> top = (ints<LANES>)((words)word << (24 - 8 * j));
         return (floats<LANES>)((top >> 4) & int32_t(0x87f00000)) * 0x1p120f;
     }
-    // The stored nibble is code + 8. Under the exponent of 2^23 it reads 2^23 + 16^(j % 4) (code + 8).
-    words half = j < 4 ? (words)word : (words)word >> 16;
-    int place = 4 * (j % 4);
-    return (floats<LANES>)((half & (15u << place)) | 0x4b000000u) - (0x1p23f + float(8 << place));
+#if !defined(__clang__)
+    if constexpr (LANES == 16) {
+        const floats<16> table{-8, -7, -6, -5, -4, -3, -2, -1, 0, 1, 2, 3, 4, 5, 6, 7};
+        return __builtin_shuffle(table, (ints<16>)((words)word >> (4 * j)));
+    }
+#endif
+    // The stored nibble is code + 8: its upper bit turned, it goes to the top and back, and brings its sign along.
+    words top = (words)(word ^ int32_t(0x88888888)) << (28 - 4 * j);
+    return __builtin_convertvector((ints<LANES>)top >> 28, floats<LANES>);
 }
 
 template <int LANES> INLINE floats<LANES> pick(floats<LANES> from, ints<LANES> lanes) {

@@ -27,8 +27,18 @@ _OUTPUTS = (torch.float32, torch.bfloat16)
 _PLAIN_SCHEME = {"int": 1, "float": 2}  # how inputs are rounded
 
 
+def available() -> bool:
+    """True if the native kernels are loaded."""
+    return _native.kernels is not None
+
+
+def reason() -> str:
+    """The instruction set of the kernels, or why there are none."""
+    return _native.reason
+
+
 def serves(packed: Packed) -> bool:
-    """True if there is a kernel for this format: four or eight bits, groups that lie evenly in its vectors, on a CPU."""
+    """True if there is a kernel for it: four or eight bits, groups that lie evenly in its vectors, on a CPU."""
     scheme, (rows, columns) = packed.scheme, packed.shape
     tensors = [part for part in (packed.data, packed.scales, packed.zeros) if part is not None]
     if (scheme.kind, scheme.bits) not in _KINDS or packed.group_of_D is not None or _native.kernels is None:

@@ -1,5 +1,6 @@
 // The small steps of decoding one token, where a dozen torch calls cost more than the arithmetic: normalisation, and
-// attention of one query per head over the cache. fp32 and bf16 in and out, everything in fp32 between.
+// attention of one query per head over the cache. fp32 and bf16 in and out, everything in fp32 between. The cache may
+// hold codes of eight bits: numbers without their scales, which the caller multiplies into q and out.
 //
 // Shapes: H query heads, G key/value heads (H = G * R), K head width, S cached positions.
 
@@ -21,12 +22,45 @@ template <typename T> struct Norm {
 
 // out[h] = softmax(q[h] k^T / sqrt(K)) v over the first `length` positions; packed as "PPPPqqqqqii". q and out are (H, K)
 // and contiguous; keys and values (G, S, K), `head` values from one head to the next and K from one position to the next.
-template <typename T> struct Query {
-    const T *q, *keys, *values;
+template <typename T, typename C> struct Query {
+    const T *q;
+    const C *keys, *values;
     T *out;
     int64_t groups, repeat, width, head, length;
     int32_t threads, level;
 };
+
+struct int8 {
+    int8_t code;
+};
+struct float8 {  // float8_e4m3fn: sign, four bits of exponent (bias 7), three of mantissa
+    uint8_t bits;
+};
+
+// LANES bytes as 32-bit numbers. By way of 16 bits: from 8 to 32 in one step GCC goes element by element.
+template <int LANES, typename BYTE, typename SHORT> INLINE ints<LANES> widen_bytes(const void *from) {
+    typedef BYTE bytes __attribute__((vector_size(LANES), aligned(1), may_alias));
+    typedef SHORT shorts __attribute__((vector_size(2 * LANES)));
+    return __builtin_convertvector(__builtin_convertvector(*(const bytes *)from, shorts), ints<LANES>);
+}
+
+template <int LANES> INLINE void load(const int8 *from, floats<LANES> &first, floats<LANES> &second) {
+    first = __builtin_convertvector((widen_bytes<LANES, int8_t, int16_t>(from)), floats<LANES>);
+    second = __builtin_convertvector((widen_bytes<LANES, int8_t, int16_t>(from + LANES)), floats<LANES>);
+}
+
+// Mantissa and exponent go to their places in an fp32, whose bias is 120 larger; without exponent the number is m / 512.
+template <int LANES> INLINE floats<LANES> widen8(const float8 *from) {
+    ints<LANES> word = widen_bytes<LANES, uint8_t, uint16_t>(from);
+    ints<LANES> size = word & 0x7f, tiny = size < 8;
+    ints<LANES> normal = (size << 20) + (120 << 23);
+    ints<LANES> small = (ints<LANES>)(__builtin_convertvector(size, floats<LANES>) * (1.0f / 512));
+    return (floats<LANES>)(((normal & ~tiny) | (small & tiny)) | ((word & 0x80) << 24));
+}
+template <int LANES> INLINE void load(const float8 *from, floats<LANES> &first, floats<LANES> &second) {
+    first = widen8<LANES>(from);
+    second = widen8<LANES>(from + LANES);
+}
 
 // A step of a row as two vectors; the last, shorter one goes through a zero-padded copy.
 template <int LANES, typename T> INLINE void read(const T *from, int64_t left, floats<LANES> &first, floats<LANES> &second) {
@@ -63,9 +97,10 @@ template <int LANES, typename T> INLINE void norm(const Norm<T> &p) {
 }
 
 // One query head: scores, softmax, weighted sum of the values. `scores` has room for `length` numbers.
-template <int LANES, typename T> INLINE void attend(const Query<T> &p, int64_t h, float *scores) {
+template <int LANES, typename T, typename C> INLINE void attend(const Query<T, C> &p, int64_t h, float *scores) {
     constexpr int64_t STEP = 2 * LANES;
-    const T *q = p.q + h * p.width, *keys = p.keys + h / p.repeat * p.head, *values = p.values + h / p.repeat * p.head;
+    const T *q = p.q + h * p.width;
+    const C *keys = p.keys + h / p.repeat * p.head, *values = p.values + h / p.repeat * p.head;
     floats<LANES> a, b, c, d;
     float highest = -INFINITY, total = 0, scale = 1.0f / sqrtf(float(p.width));
     for (int64_t s = 0; s < p.length; s++) {
@@ -96,25 +131,25 @@ template <int LANES, typename T> INLINE void attend(const Query<T> &p, int64_t h
 template <typename T> void norm_baseline(const Norm<T> &p) { norm<4>(p); }
 template <typename T> AVX2 void norm_avx2(const Norm<T> &p) { norm<8>(p); }
 template <typename T> AVX512 void norm_avx512(const Norm<T> &p) { norm<16>(p); }
-template <typename T> void attend_baseline(const Query<T> &p, int64_t h, float *scores) { attend<4>(p, h, scores); }
-template <typename T> AVX2 void attend_avx2(const Query<T> &p, int64_t h, float *scores) { attend<8>(p, h, scores); }
-template <typename T> AVX512 void attend_avx512(const Query<T> &p, int64_t h, float *scores) { attend<16>(p, h, scores); }
+template <typename Q> void attend_baseline(const Q &p, int64_t h, float *scores) { attend<4>(p, h, scores); }
+template <typename Q> AVX2 void attend_avx2(const Q &p, int64_t h, float *scores) { attend<8>(p, h, scores); }
+template <typename Q> AVX512 void attend_avx512(const Q &p, int64_t h, float *scores) { attend<16>(p, h, scores); }
 template <typename T> auto norm_at(int level) {
     return level == 2 ? norm_avx512<T> : level == 1 ? norm_avx2<T> : norm_baseline<T>;
 }
-template <typename T> auto attend_at(int level) {
-    return level == 2 ? attend_avx512<T> : level == 1 ? attend_avx2<T> : attend_baseline<T>;
+template <typename Q> auto attend_at(int level) {
+    return level == 2 ? attend_avx512<Q> : level == 1 ? attend_avx2<Q> : attend_baseline<Q>;
 }
 #else
 template <typename T> void norm_baseline(const Norm<T> &p) { norm<4>(p); }
-template <typename T> void attend_baseline(const Query<T> &p, int64_t h, float *scores) { attend<4>(p, h, scores); }
+template <typename Q> void attend_baseline(const Q &p, int64_t h, float *scores) { attend<4>(p, h, scores); }
 template <typename T> auto norm_at(int) { return norm_baseline<T>; }
-template <typename T> auto attend_at(int) { return attend_baseline<T>; }
+template <typename Q> auto attend_at(int) { return attend_baseline<Q>; }
 #endif
 
 // Heads share nothing, so the result is the same for any number of threads. Below about 20 us of work one core is faster.
-template <typename T> int query(const Query<T> &p) {
-    auto one = attend_at<T>(p.level);
+template <typename Q> int query(const Q &p) {
+    auto one = attend_at<Q>(p.level);
     int64_t heads = p.groups * p.repeat;
     float *scores = (float *)malloc(size_t(heads) * size_t(p.length) * sizeof(float));
     if (!scores) return 1;
@@ -129,6 +164,8 @@ template <typename T> int query(const Query<T> &p) {
 extern "C" {
 void puna_norm_float32(const Norm<float> *p) { norm_at<float>(p->level)(*p); }
 void puna_norm_bfloat16(const Norm<bf16> *p) { norm_at<bf16>(p->level)(*p); }
-int puna_query_float32(const Query<float> *p) { return query(*p); }
-int puna_query_bfloat16(const Query<bf16> *p) { return query(*p); }
+int puna_query_float32(const Query<float, float> *p) { return query(*p); }
+int puna_query_bfloat16(const Query<bf16, bf16> *p) { return query(*p); }
+int puna_query_int8(const Query<float, int8> *p) { return query(*p); }
+int puna_query_float8(const Query<float, float8> *p) { return query(*p); }
 }
