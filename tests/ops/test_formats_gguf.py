@@ -166,18 +166,18 @@ def test_search_finds_a_line_that_was_hidden():
     q = torch.randint(0, 16, (32, 50), generator=torch.Generator().manual_seed(0)).float()
     q[0], q[1] = 0, 15
     scale, offset = torch.rand(50) + 0.1, torch.rand(50)
-    found, shift = search_line(q * scale - offset, torch.ones(32, 50), 15, (0.0,))
+    found, shift = search_line(q * scale - offset, torch.ones(32, 50), 15, (15.0,))
     torch.testing.assert_close(found, scale, rtol=1e-4, atol=0)
     torch.testing.assert_close(shift, offset, rtol=1e-4, atol=1e-5)
     codes = torch.randint(-31, 32, (16, 50)).float()
     codes[0] = -32
-    torch.testing.assert_close(search_scale(codes * scale, torch.ones(16, 50), -32, (0.0,)), scale)
+    torch.testing.assert_close(search_scale(codes * scale, torch.ones(16, 50), -32, (-32.0,)), scale)
 
 
 def test_an_offset_is_never_negative():
     """The format subtracts it, unsigned: of weights that are all positive the line must start at 0."""
     x = torch.rand(32, 200, generator=torch.Generator().manual_seed(0)) + 0.5
-    scale, offset = search_line(x, torch.ones_like(x), 15, (-1.0, 0.0, 1.0))
+    scale, offset = search_line(x, torch.ones_like(x), 15, (14.0, 15.0, 16.0))
     assert (offset >= 0).all()
     assert ((x / scale[None]).round().clamp(0, 15) * scale - x).abs().max() < 0.1
 
@@ -190,7 +190,7 @@ def test_more_trials_never_hurt():
         q = ((x + offset) / scale).round().clamp(0, 15)
         return (q * scale - offset - x).square().sum()
 
-    assert error([0.1 * n - 1.0 for n in range(21)]) < 0.95 * error([0.0])
+    assert error([0.1 * n + 14.0 for n in range(21)]) < 0.95 * error([15.0])
 
 
 @pytest.mark.skipif(find_spec("xllamacpp") is None, reason="llama.cpp's own quantizer comes with the xllamacpp wheel")

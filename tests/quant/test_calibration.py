@@ -55,13 +55,15 @@ def test_shapes_bos_and_provenance(tokenizer) -> None:
 
 
 def test_targets_are_the_next_tokens_and_their_bytes(tokenizer) -> None:
-    found = split(DOCUMENTS, tokenizer, samples=4, seq_len=128, eval_tokens=512)
+    short = [(str(number), _text(number, 10)) for number in range(100)]
+    found = split(short, tokenizer, samples=4, seq_len=128, eval_tokens=512)
     following = found.evaluation_ST[:, 1:]
+    assert (following == tokenizer.bos_id).sum() > 4
     scored = found.targets_ST[:, :-1] != IGNORED
     assert (found.targets_ST[:, -1] == IGNORED).all()
     assert torch.equal(found.targets_ST[:, :-1][scored], following[scored])
     assert not scored[following == tokenizer.bos_id].any()
-    assert scored.float().mean() > 0.95
+    assert scored.float().mean() > 0.9
     lengths = torch.tensor(tokenizer.byte_lengths)
     assert found.provenance["scored_bytes"] == int(lengths[following[scored]].sum())
     assert (found.bytes_ST[found.targets_ST == IGNORED] == 0).all()

@@ -11,6 +11,7 @@ from planted_inputs import heavy_weight
 from puna.base.console import PunaError
 from puna.ops.formats.packed import round_to_nearest
 from puna.ops.formats.scheme import FLOAT8, INT4, Scheme
+from puna.quant import hqq as module
 from puna.quant.hqq import P, hqq
 
 SCHEMES = [
@@ -52,12 +53,15 @@ def test_hard_weights(seed, scheme, size):
     weight[0], weight[1], weight[2], weight[3] = weight[0].abs(), -weight[1].abs(), 0, 1.5
     weight[4, 7] = 100
     weight[5, ::2], weight[5, 1::2] = -1, 3
+    weight[6], weight[7] = weight[6] + 0.3, weight[7] - 0.3  # the line would have its zero point far outside
     weight *= size
     found = hqq(weight, scheme)
     (norm, square), (plain_norm, plain_square) = errors(weight, found), errors(weight, round_to_nearest(weight, scheme))
     assert found.scales.isfinite().all()
     assert (found.scales > 0).all()
-    assert found.zeros is None or found.zeros.dtype is torch.int8
+    if found.zeros is not None:
+        assert found.zeros.dtype is torch.int8
+        assert scheme.lowest <= found.zeros.min() <= found.zeros.max() <= scheme.highest
     assert (norm <= plain_norm * 1.0001 + size**P * 1e-5).all()
     assert (square <= plain_square * 1.0001 + size**2 * 1e-9).all()
     assert not found.dequantize()[2].any()
@@ -77,3 +81,12 @@ def test_refused():
     with pytest.raises(PunaError, match="1 NaN"):
         hqq(bad, INT4)
     assert hqq(torch.zeros(0, 128), INT4).shape == (0, 128)
+
+
+@pytest.mark.parametrize("bits", [2, 3])  # with four least squares does as well
+def test_forgiving_large_errors_is_what_helps(bits, monkeypatch):
+    """Without the shrinking step the line is plain least squares."""
+    weight, scheme = heavy_weight(96, 256), Scheme(bits, "int", False, "group", 64)
+    found = errors(weight, hqq(weight, scheme))[0].mean()
+    monkeypatch.setattr(module, "_shrink", lambda wrong, *others: torch.zeros_like(wrong))
+    assert found < 0.985 * errors(weight, hqq(weight, scheme))[0].mean()

@@ -172,10 +172,16 @@ def test_a_report_of_almost_nothing(tmp_path) -> None:
     assert not page.of("svg")
     for words in ("None", "nan"):
         assert words not in page.text
-    nan = Estimate(math.nan, math.nan)
-    broken = Quality(nan, None, nan, nan, nan, (math.nan, math.nan))
-    lost = [Layer("layers.0.attn.q_proj", "int4", 10, 4.0, math.nan, math.nan), *layers()]
-    page = _page(tmp_path, sample_report(after=broken, rounding=broken, layers=lost))
-    assert "nan" in page.text
-    assert "NaN" not in str(page.of("rect") + page.of("line") + page.of("circle"))
-    assert "nan" not in str(page.of("rect") + page.of("line") + page.of("circle"))
+
+
+@pytest.mark.parametrize("number", [math.nan, math.inf])
+def test_what_is_no_number_is_not_drawn(tmp_path, number) -> None:
+    lost = Estimate(number, number)
+    broken = Quality(lost, None, lost, lost, lost, (number, number))
+    layer = Layer("layers.0.attn.q_proj", "int4", 10, 4.0, number, number)
+    page = _page(tmp_path, sample_report(after=broken, rounding=broken, layers=[layer, *layers()]))
+    assert str(number) in page.text
+    shapes = [mark for tag in ("rect", "line", "circle", "text") for mark in page.of(tag)]
+    assert not re.search(r"\b(nan|inf)\b", str(shapes))
+    assert len([box for box in page.of("rect") if box["height"] == "22.0"]) == 2  # the sizes
+    assert len(page.of("circle")) == 18

@@ -101,6 +101,14 @@ def test_merge_puts_the_chunks_of_ranks_side_by_side() -> None:
     assert ranks[0].bits_per_byte().value == pytest.approx(whole.bits_per_byte().value, rel=1e-12)
 
 
+def test_inside_and_outside_of_inference_mode() -> None:
+    data = _logits()
+    with torch.inference_mode():
+        score = _whole(*data)
+    score.compare(*data)
+    assert score.tokens == 2 * _whole(*data).tokens
+
+
 def test_a_tiny_difference_is_not_lost_in_rounding() -> None:
     reference_TV, _, targets_T, chunk_T, _ = _logits()
     variant_TV = reference_TV + 1e-4 * torch.randn(TOKENS, VOCAB)
@@ -111,6 +119,10 @@ def test_a_tiny_difference_is_not_lost_in_rounding() -> None:
     assert 0 < score.kl().value < 1e-7
     assert score.kl().value == pytest.approx(float(exact), rel=1e-9)
     assert score.bits_per_byte() is None  # nobody said how many bytes
+    score = _whole(*_logits())
+    assert score.bits_per_byte() is not None
+    score.compare(reference_TV, variant_TV, targets_T, chunk_T)
+    assert score.bits_per_byte() is None  # nor of all
 
 
 def test_impossible_tokens_and_broken_models() -> None:

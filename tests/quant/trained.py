@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+from copy import deepcopy
 from pathlib import Path
 
 import torch
@@ -12,6 +13,7 @@ from puna.base.config import build
 from puna.corpus.in_memory import read_documents
 from puna.model.transformer import Transformer
 from puna.ops.attention import PackedCausal
+from puna.ops.formats.layer import QuantizedWeight
 from puna.quant.calibration import Sequences, split
 from puna.quant.config import QuantConfig
 from puna.quant.score import Score
@@ -36,7 +38,7 @@ def recipe(folder: Path, seed: int, steps: int, **sections: dict) -> Recipe:
     tables = {
         "out": str(folder), "seed": seed, "model": SHAPE,
         "data": {"text": TEXT, "tokenizer": str(folder.parent / "tokenizer"), "seq_len": SEQ_LEN, "val_fraction": 0.1},
-        "optim": {"lr": 4e-3, "warmup_steps": 20}, "train": {"steps": steps, "batch_size": 16, "log_every": 1000},
+        "optim": {"lr": 3e-3, "warmup_steps": 20}, "train": {"steps": steps, "batch_size": 16, "log_every": 1000},
         "checkpoint": {"every": 10**6, "background": False}, "validation": {"every": 0, "max_tokens": 1024},
     }  # fmt: skip
     return build(Recipe, {**tables, **{name: {**tables.get(name, {}), **more} for name, more in sections.items()}})
@@ -81,3 +83,17 @@ def score(reference: Transformer, variant: Transformer, text: Sequences) -> Scor
 def logits(model: Transformer, ids_T: Tensor) -> Tensor:
     """(T, V)."""
     return model.logits(model(ids_T, torch.arange(len(ids_T)), PackedCausal.of([len(ids_T)])))
+
+
+def applied(model: Transformer, config: QuantConfig, text: Sequences, folder: Path) -> Transformer:
+    """A copy of the model with the weights that a quantization gives, dequantized."""
+    folder.mkdir(parents=True)
+    parameters, kept = dict(model.named_parameters()), {}
+    job = Job(model.spec, config, lambda name: parameters[name].detach(), text, folder, torch.device("cpu"))
+    Walk(job).run(lambda part, tensors: kept.update(tensors), lambda size, note: None)
+    rounded = deepcopy(model)
+    with torch.no_grad():
+        for name, parameter in rounded.named_parameters():
+            value = kept[name]
+            parameter.copy_(value.dequantize() if isinstance(value, QuantizedWeight) else value)
+    return rounded

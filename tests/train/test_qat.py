@@ -131,10 +131,10 @@ def rows(folder: str | Path, key: str = "loss") -> list[float]:
 
 
 def test_a_run_starts_plain_validates_rounded_and_leaves_its_config(recipe, tmp_path, capsys) -> None:
+    recipe["validation"]["every"] = 5
     plain = {**recipe, "out": str(tmp_path / "plain")}
     puna.train(plain)
     recipe["quant"] = {"preset": "int4_gptq", "weights": "int3_g32", "start_step": 9}
-    recipe["validation"]["every"] = 5
     capsys.readouterr()
     puna.train(recipe)
     assert "weights int3_g32, rounded to nearest in every forward pass from step 9; not used in training: rounding gptq" in (
@@ -143,6 +143,7 @@ def test_a_run_starts_plain_validates_rounded_and_leaves_its_config(recipe, tmp_
     losses, expected = rows(recipe["out"]), rows(plain["out"])
     assert losses[:9] == expected[:9]
     assert losses[9] != expected[9]
+    assert rows(recipe["out"], "val_loss")[0] != rows(plain["out"], "val_loss")[0]  # of the same weights, rounded
     assert losses[-1] < losses[0] - 0.5
     latest = Path(recipe["out"], "latest")
     said = json.loads((latest / "puna_quant.json").read_text())

@@ -126,6 +126,10 @@ def trained(cut: list, normalizer=None, ignore_merges: bool = False) -> Tokenize
     engine.normalizer, engine.decoder = normalizer, decoders.ByteLevel()
     trainer = trainers.BpeTrainer(vocab_size=450, initial_alphabet=byte_alphabet(), show_progress=False)
     engine.train_from_iterator(corpus(), trainer=trainer)
+    if ignore_merges:  # as in Llama 3's file: words that no merges lead to
+        state = json.loads(engine.to_str())
+        state["model"]["merges"] = state["model"]["merges"][:-40]
+        engine = Engine.from_str(json.dumps(state))
     engine.add_special_tokens(
         [AddedToken(t, normalized=False, special=True) for t in ("<|begin|>", "<|im_end|>", "<|eot_id|>")]
     )

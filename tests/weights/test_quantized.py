@@ -315,6 +315,26 @@ def test_mixed_precision_cannot_be_awq_and_kv_cannot_be_gptq(model) -> None:
         check_format("gptq", {"lm_head": layer_format("gptq", G32)}, model.spec.replace(tie_word_embeddings=True))
 
 
+def test_widths_that_fill_no_words_cannot_be_gptq_or_awq(model) -> None:
+    spec = model.spec.replace(vocab_size=500)
+    with pytest.raises(PunaError, match="fill whole words of 32 bits, which 500 x 128 does not: lm_head"):
+        check_format("gptq", {"lm_head": layer_format("gptq", Scheme(3))}, spec)
+    with pytest.raises(PunaError, match="outputs come by eights, which 500 do not"):
+        check_format("awq", {"lm_head": layer_format("awq", G32)}, spec)
+    assert check_format("gptq", {"lm_head": layer_format("gptq", Scheme(8))}, spec) == []
+
+
+def test_plain_int8_numbers_only_where_inputs_are_rounded() -> None:
+    """vLLM reads int8 weights without rounded inputs from packed words alone."""
+    layouts = [
+        layer_format("compressed-tensors", *pair).layout for pair in ((INT8, INT8_TOKEN), (INT8, None), (G32, None))
+    ]
+    assert layouts == ["int-quantized", "pack-quantized", "pack-quantized"]
+    assert (
+        layer_format("compressed-tensors", Scheme(8, "int", True, "group", 32), INT8_TOKEN).layout == "pack-quantized"
+    )
+
+
 def test_notes_say_what_other_tools_make_of_it(model) -> None:
     one = layer_format("compressed-tensors", Scheme(3, "int", False, "group", 32))
     notes = check_format("compressed-tensors", {"layers.0.attn.q_proj": one, "layers.0.attn.k_proj": None}, model.spec)

@@ -56,7 +56,7 @@ def _call(verb: str, arguments: list[str]) -> None:
     if verb == "train":  # its options are the recipe's keys
         train(arguments)
     else:
-        arguments = _gather_keys(arguments) if verb == "plan" else arguments
+        arguments = _gather_keys(arguments) if verb == "plan" else _join_repeats(arguments)
         tyro.cli(VERBS[verb], prog=f"puna {verb}", args=arguments, config=(tyro.conf.FlagCreatePairsOff,))
 
 
@@ -71,6 +71,27 @@ def _gather_keys(arguments: list[str]) -> list[str]:
         else:
             rest.append(word)
     return [*rest, "--set", *keys] if keys else rest
+
+
+def _join_repeats(arguments: list[str]) -> list[str]:
+    """--override a --json --override b -> --json --override a b: a list may be given in several pieces."""
+    rest: list[str] = []
+    lists: dict[str, list[str]] = {}
+    words = list(arguments)
+    while words:
+        flag, equals, value = words[0].partition("=")
+        if flag not in _LISTS:
+            rest.append(words.pop(0))
+            continue
+        del words[0]
+        values = lists.setdefault(flag, [])
+        values += [value] if equals else []
+        while not equals and words and not words[0].startswith("--"):
+            values.append(words.pop(0))
+    return [*rest, *(word for flag, values in lists.items() for word in (flag, *values))]
+
+
+_LISTS = ("--override", "--calib", "--eval", "--set")
 
 
 def _overview() -> str:

@@ -5,8 +5,8 @@
     integer      int8 inputs times int8 weights per channel: int32 sums, then both scales
 
 Inputs rounded to eight bits go through as codes too, with a scale per row at the end. fp32 inputs are multiplied in
-fp32 ("ieee", not TF32). The twin is `QuantizedWeight.product`. Needs triton; with TRITON_INTERPRET=1, set before triton is
-imported, the same code runs on a CPU (but for bf16, which triton 3.6's interpreter multiplies as whole numbers).
+fp32 ("ieee", not TF32). The twin is `QuantizedWeight.product`. Needs triton. With TRITON_INTERPRET=1, set before triton
+is imported, the same code runs on a CPU (but for bf16, which triton 3.6's interpreter multiplies as whole numbers).
 
 Shapes: M rows of x, K inputs, N outputs; a tile of one scale is `height` x `width`.
 """
@@ -118,7 +118,7 @@ def _or(tensor: Tensor | None, nothing: Tensor) -> Tensor:
 
 
 @triton.jit
-def _weights(
+def _weights(  # type: ignore[no-untyped-def]
     x, codes, scales, zeros, bias, row_scales, y,
     rows, outputs, code_row, groups, width, height,
     INPUTS: tl.constexpr, KIND: tl.constexpr, ZEROS: tl.constexpr, BIAS: tl.constexpr, ROW_SCALES: tl.constexpr,
@@ -158,7 +158,7 @@ def _weights(
 
 
 @triton.jit
-def _integers(
+def _integers(  # type: ignore[no-untyped-def]
     x, codes, row_scales, scales, bias, y, rows, outputs,
     INPUTS: tl.constexpr, BIAS: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr,
 ):  # fmt: skip

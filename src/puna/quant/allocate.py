@@ -77,8 +77,6 @@ def _extend(
 
 
 def _thinned(order: np.ndarray, costs: np.ndarray, rest: float) -> np.ndarray:
-    """Of the sums within one step of bits the last, whose damage is least; and the cheapest of all."""
-    step = np.floor(costs / rest * (_STATES - 2))
-    last = np.append(step[1:] != step[:-1], True)
-    last[0] = True
-    return order[last]
+    """Of the sums within one step of bits the last, whose damage is least."""
+    step = np.floor(costs / rest * (_STATES - 1))
+    return order[np.append(step[1:] != step[:-1], True)]

@@ -6,17 +6,17 @@ diagonal, the error of one output row is
 
     dw H dw^T = sum over j of d_j (dw_j + sum over i > j of dw_i L_ij)^2
 
-so from the last column to the first: choose q_j as w_j + sum over i > j of (w_i - q_i) L_ij, rounded. That takes a
-third of the work of an inverse, loses fewer digits, and the sum above is the exact error at no cost (this view: Chen et
-al. 2025, arXiv:2507.18553). Columns are cut in halves again and again, so nearly all work is products of large
-matrices.
+so from the last column to the first: choose q_j as w_j + sum over i > j of (w_i - q_i) L_ij, rounded. One factor is a
+quarter of the work of the inverse and its factor, loses fewer digits, and the sum above is the exact error at no cost
+(this view: Chen et al. 2025, arXiv:2507.18553). Columns are cut in halves again and again, so nearly all work is
+products of large matrices.
 
 Act-order by weight: columns with large inputs first, but scales are chosen beforehand, from the weight as it was, and
 groups stay neighbours ("static groups"): codes go back to their places, any format can hold them. A row for which
 GPTQ would be worse than plain rounding keeps plain rounding.
 
-Shapes: N rows (outputs), D columns (inputs). Memory beside the arguments: 2 D^2 numbers while factoring, then
-D^2, and 3.5 numbers for every weight of the rows worked on at a time (64 million weights).
+Shapes: N rows (outputs), D columns (inputs). Memory beside the arguments and the codes: 2 D^2 numbers while factoring,
+then D^2, and about 6 for every weight of the rows worked on at a time (at most 16 million weights: 0.4 GB).
 """
 
 from __future__ import annotations
@@ -33,7 +33,7 @@ from puna.ops.formats.scheme import Scheme
 
 _LEAF = 32  # columns below which they are done one by one
 _PANEL = 256
-_NUMBERS = 1 << 26  # weights worked on at a time: a head of 128,000 rows needs no more memory than a layer
+_NUMBERS = 1 << 24  # weights worked on at a time: a head of 128,000 rows needs no more memory than a small layer
 _MOST_DAMPING = 1e4
 
 

@@ -126,13 +126,12 @@ def _layers(report: Report) -> list[str]:
         return []
     grid = _Grid(shown)
     values = [v for layer in shown for v in (layer.error, layer.error_rounded) if _drawable(v)]
-    low, high = math.floor(math.log10(min(values))), math.ceil(math.log10(max(values)))
-    high = max(high, low + 1)
+    ticks = _ticks(min(values), max(values))
+    low, high = math.log10(ticks[0]), math.log10(ticks[-1])
 
     def height(value: float) -> float:
         return (high - math.log10(value)) / (high - low) * TALL
 
-    ticks = [m * 10.0**power for power in range(low, high) for m in (1, 2, 5)] + [10.0**high]
     marks = [line(LEFT, height(tick), WIDTH - 8, height(tick)) for tick in ticks]
     marks += [text(LEFT - 8, height(tick) + 4, f"{tick:g}", "end", "soft") for tick in ticks]
     for layer in shown:
@@ -142,6 +141,16 @@ def _layers(report: Report) -> list[str]:
     kinds = legend((f"c{n % COLOURS}", kind) for kind, n in grid.kinds.items())
     worst = ["<h2>Largest output errors</h2>", html_table(worst_rows(report), WORST_HEADER)]
     return ["<h2>Output error of each layer</h2>", paragraph(caption), picture, kinds, *worst]
+
+
+def _ticks(least: float, most: float) -> list[float]:
+    """1, 2, 5 times powers of ten, from just below `least` to just above `most`; only the powers if they are many."""
+    powers = range(math.floor(math.log10(least)) - 1, math.ceil(math.log10(most)) + 2)
+    steps = (1, 2, 5) if len(powers) < 7 else (1,)
+    ticks = [float(f"{step}e{power}") for power in powers for step in steps]
+    first = max(n for n, tick in enumerate(ticks) if tick <= least)
+    last = min(n for n, tick in enumerate(ticks) if tick >= most and n > first)
+    return ticks[first : last + 1]
 
 
 def _drawable(value: float) -> bool:

@@ -31,7 +31,7 @@ from puna.quant.moments import Moments
 
 AWQ_SHARES = tuple(i / 20 for i in range(21))
 SMOOTH_SHARES = tuple(0.3 + i / 20 for i in range(13))
-_LEAST, _MOST = 1e-4, 1e4  # scales outside, after centering on 1, would trade one outlier for another
+_LEAST, _MOST = 1e-3, 1e3  # scales outside, after centering on 1, would trade one outlier for another
 _ROWS = 1024  # of a weight that candidates are tried on, evenly spread
 _SMALL = 1e-5  # of the mean: below it a column counts as this large, dead columns included
 

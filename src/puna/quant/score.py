@@ -91,7 +91,8 @@ class Score:
         missing = int(chunks.max()) + 1 - self.chunks
         if missing > 0:
             self._sums = torch.cat([self._sums, torch.zeros(len(_NAMES), missing, dtype=torch.float64)], 1)
-        self._sums.index_add_(1, chunks, torch.cat([found, sizes[None]]))
+        # Not in place: what was made under inference_mode could not be added to outside of it.
+        self._sums = self._sums.index_add(1, chunks, torch.cat([found, sizes[None]]))
 
     def merge(self, other: Score) -> None:
         """Add another score's chunks behind one's own: those of another rank."""

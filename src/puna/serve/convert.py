@@ -23,6 +23,7 @@ from puna.base.hardware import dtype_name, parse_dtype
 from puna.base.storage import disk_error, sync_folder, sync_tree
 from puna.ops.formats.layer import QuantizedWeight
 from puna.serve.compare import compare_weights, compare_words, plain
+from puna.serve.stored import weight_bytes
 from puna.text.tokenizer import Tokenizer
 from puna.weights.export import QuantizedWriter, check_new, check_space
 from puna.weights.fetch import local_folder
@@ -89,8 +90,8 @@ def run_convert(asked: Conversion) -> dict[str, Any]:
     paths = [str(file) for file in sorted(out.iterdir())] if out.is_dir() else [str(out)]
     return {
         "source": asked.source, "from": _kind(source), "to": asked.to, "out": str(out), "paths": paths,
-        "parameters": source.reader.spec.num_params(), "bytes_before": _bytes(source.place), "bytes_after": _bytes(out),
-        **found, "seconds": round(time.perf_counter() - started, 3),
+        "parameters": source.reader.spec.num_params(), "bytes_before": weight_bytes(source.place),
+        "bytes_after": weight_bytes(out), **found, "seconds": round(time.perf_counter() - started, 3),
     }  # fmt: skip
 
 
@@ -279,9 +280,3 @@ def _kind(source: _Source) -> str:
     if source.reader.method is not None:
         return source.reader.method
     return "meta" if (source.place / "params.json").exists() else "hf"
-
-
-def _bytes(place: Path) -> int:
-    files = [place] if place.is_file() else [file for file in place.iterdir() if file.is_file()]
-    endings = (".safetensors", ".bin", ".pth", ".gguf")
-    return sum(file.stat().st_size for file in files if file.suffix in endings)

@@ -29,7 +29,7 @@ from puna.model.spec import Spec
 from puna.ops.formats.scheme import Scheme
 from puna.quant.allocate import allocate
 from puna.quant.calibration import Sequences
-from puna.quant.config import QuantConfig, hf_name
+from puna.quant.config import CONFIG_FILE, QuantConfig, hf_name
 from puna.quant.figures import parse_increase
 from puna.quant.page import report_page
 from puna.quant.report import Quality, Report
@@ -48,7 +48,6 @@ from puna.weights.holding import check_format, linear_shapes, stored_bytes
 from puna.weights.quantization import COMPRESSED, OWN, LayerFormat, layer_format
 from puna.weights.reader import WeightReader
 
-CONFIG_FILE = "puna_quant.json"
 CARDS = ("quant_report.json", "quant_report.html")
 _TOKENS_PER_INPUT = 8  # calibration tokens for every input of the widest layer: enough for a Hessian of full rank
 _LEAST_TOKENS = 16384

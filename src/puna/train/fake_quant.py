@@ -29,6 +29,7 @@ from puna.ops.formats.scheme import Scheme
 from puna.parallel.layers import ColumnLinear, RowLinear
 from puna.parallel.plan import cut_dim
 from puna.quant.config import PRESETS, QuantConfig
+from puna.quant.steps import stored_scale
 from puna.train.recipe import QuantSection, Recipe
 
 _PLAIN: dict[str, Any] = {"rounding": "nearest", "rescale": "none", "clip": False, "low_rank": 0,
@@ -50,8 +51,7 @@ def round_trip(x: Tensor, scheme: Scheme) -> Tensor:
 )
 def _round_trip(x_ND: Tensor, *parts: Any) -> Tensor:
     scheme = Scheme(*parts)
-    stored = torch.float16 if scheme.granularity == "group" else torch.float32  # as quant.steps.stored_scale says
-    scales, zeros = rounding.choose_scales(x_ND, scheme, dtype=stored)
+    scales, zeros = rounding.choose_scales(x_ND, scheme, dtype=stored_scale(scheme, torch.float16))
     codes_ND = rounding.quantize(x_ND, scheme, scales, zeros)
     return rounding.dequantize(codes_ND, scales, zeros).to(x_ND.dtype)
 

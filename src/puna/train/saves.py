@@ -7,7 +7,6 @@ from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from datetime import timedelta
 from itertools import chain
-from pathlib import Path
 from typing import Any
 
 import torch
@@ -16,14 +15,13 @@ from torch.distributed import ProcessGroup
 
 from puna.base import files
 from puna.base.console import PunaError, say
-from puna.base.storage import write_json
 from puna.model.spec import Spec
 from puna.model.transformer import Transformer
 from puna.parallel import pieces
 from puna.parallel.launch import LostRank, Meeting
 from puna.parallel.materialise import init_weights
 from puna.parallel.world import World
-from puna.quant.config import QuantConfig
+from puna.quant.config import CONFIG_FILE
 from puna.text.tokenizer import Tokenizer
 from puna.train.fake_quant import training_config
 from puna.train.recipe import Recipe
@@ -34,7 +32,6 @@ from puna.weights.reader import WeightReader
 from puna.weights.saver import Saver
 from puna.weights.state import load_state
 
-QUANT_FILE = "puna_quant.json"
 SLOWEST = timedelta(hours=1)  # for one rank to write what it has of a save, while the others wait
 
 
@@ -61,9 +58,10 @@ class Saves:
         elif damaged := self._damaged(world, group):
             raise PunaError(f"{self.last} is damaged: {', '.join(damaged[:3])}", "resume from another step folder")
         self._spec = spec
-        self._saver = _Saver(self.run, spec, self.tokenizer, checkpoint.keep_last, checkpoint.keep_every, group,
-                             pieces if world.size > 1 else None, checkpoint.background)  # fmt: skip
-        self._saver.quant = training_config(self.recipe.quant)
+        self._saver = Saver(
+            self.run, spec, self.tokenizer, checkpoint.keep_last, checkpoint.keep_every, group,
+            pieces if world.size > 1 else None, checkpoint.background, extras=_extras(self.recipe),
+        )  # fmt: skip
 
     def fill(self, model: nn.Module, device: torch.device, offload: bool) -> None:
         """Give a model of parts its weights: the save's, those of `model.path`, or random ones."""
@@ -134,15 +132,10 @@ class Saves:
         return steps[-1] if steps else None
 
 
-class _Saver(Saver):
-    """Says beside config.json what the weights were trained to be rounded to: then `puna quantize` need not be told."""
-
-    quant: QuantConfig | None = None
-
-    def _write_extras(self, job: Any, stage: Path) -> None:
-        super()._write_extras(job, stage)
-        if self.quant is not None:
-            write_json(stage / QUANT_FILE, {"config": self.quant.to_dict(), "qat": True})
+def _extras(recipe: Recipe) -> dict[str, Any]:
+    """What the weights were trained to be rounded to, beside config.json: then `puna quantize` need not be told."""
+    config = training_config(recipe.quant)
+    return {} if config is None else {CONFIG_FILE: {"config": config.to_dict(), "qat": True}}
 
 
 def _read_spec(source: str) -> Spec:

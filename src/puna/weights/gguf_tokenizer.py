@@ -51,19 +51,18 @@ def tokenizer_metadata(tokenizer: Tokenizer, vocab_size: int) -> dict[str, Any]:
     _check_added(state)
     write = _write_sentencepiece if state["model"].get("byte_fallback") else _write_byte_level
     keys = write(state, engine, vocab_size)
-    return keys | _write_parts(tokenizer) | {"tokenizer.huggingface.json": tokenizer.to_json()}
+    return keys | _write_parts(tokenizer, engine) | {"tokenizer.huggingface.json": tokenizer.to_json()}
 
 
-def _write_parts(tokenizer: Tokenizer) -> dict[str, Any]:
+def _write_parts(tokenizer: Tokenizer, engine: Engine) -> dict[str, Any]:
     """Which tokens play which part, and the chat template."""
-    ids = {name: tokenizer.specials.get(text) for name, text in tokenizer.token_names.items()}
+    ids = {name: engine.token_to_id(text) for name, text in tokenizer.token_names.items()}
     keys: dict[str, Any] = {
         f"tokenizer.ggml.{short}_token_id": ids[name] for name, short in IDS.items() if ids.get(name) is not None
     }
-    text_of = {i: text for text, i in tokenizer.added.items()}
     for token in tokenizer.eos_ids:
         if token != keys.get("tokenizer.ggml.eos_token_id"):
-            kind = "eom" if "eom" in text_of.get(token, "") else "eot"
+            kind = "eom" if "eom" in (engine.id_to_token(token) or "") else "eot"
             keys.setdefault(f"tokenizer.ggml.{kind}_token_id", token)
     if tokenizer.eos_ids:
         keys["puna.stop_token_ids"] = tokenizer.eos_ids

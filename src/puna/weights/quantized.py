@@ -8,6 +8,7 @@ from __future__ import annotations
 from collections.abc import Iterable, Mapping
 from dataclasses import replace
 from math import prod
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -129,7 +130,13 @@ def _from_compressed(tensors: dict[str, Tensor], form: LayerFormat, shape: tuple
         )
     expected = stored_shapes(form, shape)
     tensors = {end: tensor.reshape(expected[end]) if end in _ANY_SHAPE else tensor for end, tensor in tensors.items()}
-    return from_compressed(tensors, form.scheme, form.layout)
+    scheme = form.scheme
+    if form.layout == PACK and scheme.symmetric and scheme.bits < 8 and shape[1] * scheme.bits % 32 == 0:
+        # The words are the canonical ones: unpacking them would cost eight times their memory for nothing.
+        return Packed(
+            tensors["weight_packed"], tensors["weight_scale"].reshape(scheme.grid(shape)), None, scheme, shape
+        )
+    return from_compressed(tensors, scheme, form.layout)
 
 
 def _checked_order(order: Tensor, packed: Packed, name: str) -> Tensor:
@@ -202,13 +209,13 @@ class QuantizedLayers:
         form, shape, prefix = self.formats[layer], self._shapes[f"{layer}.weight"], self._prefix(layer)
         whole = (shape[0], shape[1])
         tensors = {end: self._whole(f"{prefix}.{end}") for end in stored_shapes(form, whole)}
-        return from_stored(tensors, form, whole, prefix)
+        return _detached(from_stored(tensors, form, whole, prefix), tensors)
 
     def kv_scales(self) -> KVScales | None:
         """Scales of the KV cache, if it is quantized. Errors: `PunaError` for scales that are no positive numbers."""
         if self._kv is None:
             return None
-        scales = [self._whole(name).reshape(-1).float() for name in self._kv_names]
+        scales = [self._whole(name).reshape(-1).float().clone() for name in self._kv_names]
         return KVScales(self._kv, tuple(scales[0::2]), tuple(scales[1::2]))
 
     def _prefix(self, layer: str) -> str:
@@ -238,9 +245,22 @@ class QuantizedLayers:
         return found if name.endswith(_ANY_SHAPE) and prod(found) == prod(shape) else shape
 
     def _whole(self, name: str) -> Tensor:
-        """A copy: what is mapped from a file would keep the file's pages."""
-        shape = self._source.shapes[name]
-        return self._source.read_box(name, tuple(slice(0, length) for length in shape)).clone()
+        """A view of the file."""
+        return self._source.read_box(name, tuple(slice(0, length) for length in self._source.shapes[name]))
+
+
+def _detached(weight: QuantizedWeight, stored: Mapping[str, Tensor]) -> QuantizedWeight:
+    """In memory of its own: what is mapped from a file would keep the file's pages."""
+    mapped = {tensor.untyped_storage().data_ptr() for tensor in stored.values()}
+
+    def own(tensor: Tensor | None) -> Tensor | None:
+        return tensor.clone() if tensor is not None and tensor.untyped_storage().data_ptr() in mapped else tensor
+
+    packed: dict[str, Any] = {
+        name: own(getattr(weight.packed, name)) for name in ("data", "scales", "zeros", "group_of_D")
+    }
+    more: dict[str, Any] = {name: own(getattr(weight, name)) for name in ("input_scale", "up_NR", "down_RD")}
+    return replace(weight, packed=replace(weight.packed, **packed), **more)
 
 
 def format_for(weight: QuantizedWeight, format: str) -> LayerFormat:

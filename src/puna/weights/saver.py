@@ -28,7 +28,7 @@ from torch import Tensor
 from torch.distributed import ProcessGroup
 
 from puna.base.console import PunaError
-from puna.base.storage import disk_error, sync_folder, write_atomic
+from puna.base.storage import disk_error, sync_folder, write_atomic, write_json
 from puna.model.spec import Spec
 from puna.model.transformer import Transformer
 from puna.text.tokenizer import Tokenizer
@@ -69,7 +69,7 @@ class Saver:
 
     `run`: a folder that all ranks see, or s3:// gs:// az://. `group`: see `agree.saver_group`; None: one process.
     `layout`: puna.parallel.pieces, or None where nothing is cut. `keep_last` 0 keeps all; `keep_every` N keeps, beyond
-    the last, the saves of every N-th step; 0: none.
+    the last, the saves of every N-th step; 0: none. `extras`: JSON files of every save, by name.
     """
 
     def __init__(
@@ -83,11 +83,13 @@ class Saver:
         layout: Layout | None = None,
         asynchronous: bool = True,
         file_bytes: tuple[int, int] = (SMALLEST, LARGEST),
+        extras: Mapping[str, Any] | None = None,
     ):
         assert group is None or layout is not None, "several ranks need to know how tensors are cut"
         self._run, self._spec, self._tokenizer = open_run(run), spec, tokenizer
         self._keep, self._file_bytes = (keep_last, keep_every), file_bytes
         self._ranks, self._layout, self._asynchronous = Ranks(group), layout or Whole(), asynchronous
+        self._extras = extras or {}
         self._memory = HostMemory(self._layout)
         self._plan: _Plan | None = None
         self._thread: threading.Thread | None = None
@@ -220,6 +222,8 @@ class Saver:
         dtype = job.parameters[self._plan.files[0].parameters[0]].dtype
         write_configs(self._spec, dtype, stage, self._tokenizer)
         write_index(self._plan.files, self._plan.sizes, stage)
+        for name, payload in self._extras.items():
+            write_json(stage / name, payload)
         write_atomic(stage / "state" / TRAINER, job.trainer)
         sync_folder(stage / "state")
 

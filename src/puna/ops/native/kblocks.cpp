@@ -1,9 +1,9 @@
 // llama.cpp's K blocks: the search for the best scales, and packing. Byte for byte the same as the twin in torch,
 // ops/formats/gguf_k.py and gguf_search.py, which explain what is computed and why; here is only how.
 //
-// Sixteen groups (two blocks of Q4_K or Q5_K, one of Q6_K) are worked on side by side, one lane each, so that no sum runs
-// across a vector. Same bytes need the same order of every sum (halves added to halves) and every product rounded by
-// itself: no fused multiply-add.
+// Sixteen groups (two blocks of Q4_K or Q5_K, one of Q6_K) are worked on side by side, one lane each, so that no sum
+// runs across a vector. Same bytes need the same order of every sum (halves added to halves) and every product rounded
+// by itself: no fused multiply-add.
 
 #if defined(__clang__)
 #pragma clang fp contract(off)
@@ -29,7 +29,7 @@ struct Problem {
     int32_t trials, kind, threads, level;
 };
 
-// --- numbers -----------------------------------------------------------------------------------------------------------
+// --- numbers ---------------------------------------------------------------------------------------------------------
 
 INLINE uint32_t bits_of(float value) {
     uint32_t bits;
@@ -82,7 +82,7 @@ template <int LANES> INLINE floats<LANES> root(floats<LANES> v) {
     return v;
 }
 
-// --- sums ----------------------------------------------------------------------------------------------------------------
+// --- sums ------------------------------------------------------------------------------------------------------------
 
 // The sum of leaf(0) .. leaf(SIZE - 1), each half added to the other, as `total` in gguf_search.py.
 template <int LEAVES, int SIZE, typename Leaf> INLINE auto tree(const Leaf &leaf, int at) {
@@ -142,7 +142,7 @@ template <int LANES> struct Fit {  // w q q, w q, w, w q x and w x, for the code
     }
 };
 
-// --- the searches ----------------------------------------------------------------------------------------------------------
+// --- the searches ----------------------------------------------------------------------------------------------------
 
 // gguf_search.search_line for LANES groups of 32; y is room for 32 rows.
 template <int LANES>
@@ -166,7 +166,7 @@ INLINE void search_line(const Problem &p, const float *x, const float *w, float 
         auto with = tree<32, 32>(leaf, 0);
         V sum_q = with.sum[0], sum_qy = with.sum[1], sum_qq = with.sum[2];
         V det = sum_w * sum_qq - sum_q * sum_q;
-        V t = smaller<LANES>((sum_qq * sum_y - sum_q * sum_qy) / det, -low);
+        V t = smaller<LANES>(-low, (sum_qq * sum_y - sum_q * sum_qy) / det);  // in this order a nan stays one
         V s = (sum_qy - t * sum_q) / sum_qq;
         V error = s * (s * sum_qq + 2.0f * (t * sum_q - sum_qy)) + t * (t * sum_w - 2.0f * sum_y);
         error = det > FLAT * sum_w * sum_qq ? error : fill<LANES>(__builtin_inff());
@@ -203,7 +203,7 @@ template <int LANES> INLINE void search_scale(const Problem &p, const float *x, 
     store<LANES>(scale, most > 0.0f ? best : peak / -32.0f);
 }
 
-// --- Q4_K and Q5_K ---------------------------------------------------------------------------------------------------------
+// --- Q4_K and Q5_K ---------------------------------------------------------------------------------------------------
 
 // How much an error on each weight counts, for LANES groups of 32 without importance: gguf_k._weights.
 template <int LANES> INLINE void weights(const float *x, float *w) {
@@ -339,7 +339,7 @@ template <int LANES> INLINE void line_blocks(const Problem &p, int64_t at, int c
     for (int b = 0; b < count; b++) pack_line(units[b], room + 8 * b, p.kind == 5, p.out + (at + b) * bytes);
 }
 
-// --- Q6_K --------------------------------------------------------------------------------------------------------------------
+// --- Q6_K ------------------------------------------------------------------------------------------------------------
 
 template <int LANES> INLINE void six_bit_block(const Problem &p, int64_t at) {
     alignas(64) float x[16 * GROUPS], w[16 * GROUPS], scale[GROUPS], steps[GROUPS];

@@ -5,10 +5,10 @@
 // Codes become floats in registers and everything is summed in fp32: the exact product up to the order of its sum.
 // Memory should be the whole cost, which leaves half a nanosecond of one core for 16 int4 weights. Hence:
 //
-// - One vector holds LANES words of eight int4 (or four eight-bit) codes, and step j takes code j of every word. x is laid
-//   out to match once a call, code j of all words side by side, instead of the weights at every call.
-// - int4 in AVX-512: the words shifted right by 4 j look up a table of 16 floats by their low four bits: shift, permute,
-//   multiply-add. Signs, zero points and the width of a nibble cost nothing.
+// - One vector holds LANES words of eight int4 (or four eight-bit) codes, and step j takes code j of every word. x is
+//   laid out to match once a call, code j of all words side by side, instead of the weights at every call.
+// - int4 in AVX-512: the words shifted right by 4 j look up a table of 16 floats by their low four bits: shift,
+//   permute, multiply-add. (Slower: the nibble under the exponent of 2^23, less 2^23 + 8.)
 // - Zero points act on sums of x, which are taken once a call as well.
 //
 // Each y[m, n] is summed in an order that depends on k, the format and the vector width alone: the same bits for any
@@ -25,8 +25,8 @@ enum Type : int32_t { FLOAT32, BFLOAT16, FLOAT16 };
 enum Rounding : int32_t { KEEP, TO_INT8, TO_FLOAT8 };
 
 // Packed as "PPqqii" + "PPPPPqqqqqfiiiii". x (rows, k) with row stride x_stride, in `type`; y (rows, n) in `out`.
-// codes (n, row_bytes); scales (n / height, k / width) in `scales_are`; zeros alike or null; bias (n) or null; order (k) or
-// null: column k of the codes belongs to x[order[k]]. rounding of x: per row, or with input_scale where that is not 0.
+// codes (n, row_bytes); scales (n / height, k / width) in `scales_are`; zeros alike or null; bias (n) or null; order
+// (k) or null: column k of the codes belongs to x[order[k]]. rounding of x: per row, or by input_scale where not 0.
 struct Problem {
     const void *x;
     void *y;
@@ -42,8 +42,8 @@ struct Problem {
     int32_t kind, scales_are, rounding, threads, level;
 };
 
-// x as the tiles read it: `x_row` floats a row, zero-padded; `sums` has sum_row floats a row (LANES for each block). Where
-// groups are shorter than a block, lane l of a vector takes scale lane_group[l] of the block's.
+// x as the tiles read it: `x_row` floats a row, zero-padded; `sums` has sum_row floats a row (LANES for each block).
+// Where groups are shorter than a block, lane l of a vector takes scale lane_group[l] of the block's.
 struct Arranged {
     float *x, *sums;
     int64_t x_row, sum_row;
@@ -112,7 +112,7 @@ INLINE void read_row(const Problem &p, int64_t row, float *to) {
     if (p.rounding != KEEP) round_row(p, to);
 }
 
-// Codes of one word, columns of one block (what a vector of words holds), and columns of x with zeros up to a whole block.
+// Codes of one word, and columns of x with zeros up to a whole block: what a vector of words holds.
 INLINE int64_t codes_in_word(const Problem &p) { return p.kind == INT4 ? 8 : 4; }
 INLINE int64_t padded(const Problem &p, int64_t lanes) {
     int64_t block = codes_in_word(p) * lanes;
@@ -151,7 +151,7 @@ template <int LANES> INLINE void read_scales(const Problem &p, int64_t column, f
     for (int64_t g = groups; g < groups + LANES; g++) scales[g] = zeros[g] = 0;
 }
 
-// Code j of every word as floats, those of int8 times 2^24 (see `UNIT`).
+// Code j of every word as floats, those of int8 times 2^24 (see `UNIT`; so inputs beyond 2^96 or so overflow).
 template <int LANES, int KIND> INLINE floats<LANES> code(ints<LANES> word, int j) {
     typedef typename Vector<LANES>::words words;
     if constexpr (KIND == INT8) {  // at the top of the word it keeps its sign without being shifted back
@@ -213,7 +213,8 @@ INLINE void add(const Problem &p, const Arranged &a, int64_t row, int64_t column
             UNROLL for (int c = 0; c < COLS; c++) even[r][c] = odd[r][c] = floats<LANES>{};
         }
         for (int64_t at = begin; at < end; at += BLOCK, left -= 4 * LANES, codes += 4 * LANES) {
-            for (int line = 0; line < COLS * 4 * LANES; line += 64, ahead += 64) __builtin_prefetch((const void *)ahead);
+            for (int line = 0; line < COLS * 4 * LANES; line += 64, ahead += 64)
+                __builtin_prefetch((const void *)ahead);
             ints<LANES> words[COLS];
             UNROLL for (int c = 0; c < COLS; c++) words[c] = load_words<LANES>(codes + c * p.row_bytes, left);
             UNROLL for (int j = 0; j < CODES; j += 2) {
@@ -295,47 +296,56 @@ INLINE void stripes(const Problem &p, const Arranged &a, int64_t begin, int64_t 
     else stripes_of<LANES, MOST, FLOAT8>(p, a, begin, end, scratch);
 }
 
-// --- codes to numbers, for products of many rows ----------------------------------------------------------------------
+// --- codes to numbers, for products of many rows --------------------------------------------------------------------
 
 INLINE void put(float value, float *to) { *to = value; }
 INLINE void put(float value, bf16 *to) { narrow(value, to); }
 
-// `count` codes of one scale; loops that the compiler turns into vectors.
-template <int KIND, typename T>
-INLINE void numbers(const uint8_t *from, int64_t count, float scale, float zero, T *__restrict to) {
-    constexpr int64_t PIECE = 512;
-    int8_t buffer[PIECE];
-    for (int64_t done = 0; done < count; done += PIECE) {
-        int64_t size = count - done < PIECE ? count - done : PIECE;
-        const int8_t *codes = (const int8_t *)from + done;
-        if constexpr (KIND == INT4) {
-            const uint8_t *pairs = from + done / 2;
-            for (int64_t i = 0; i < (size + 1) / 2; i++) {
-                buffer[2 * i] = int8_t((pairs[i] & 15) - 8);
-                buffer[2 * i + 1] = int8_t((pairs[i] >> 4) - 8);
-            }
-            codes = buffer;
-        }
-        for (int64_t i = 0; i < size; i++) {
-            float code;
-            if constexpr (KIND == FLOAT8) {
-                uint32_t word = uint32_t(int32_t(codes[i]) << 20) & 0x87f00000u;
-                memcpy(&code, &word, sizeof code);
-                code *= 0x1p120f;
-            } else
-                code = float(codes[i]);
-            put((code - zero) * scale, to + done + i);
-        }
+// A row of nibbles, one in each byte: a word is spread over eight bytes. The compiler makes vectors of these loops.
+INLINE void spread_nibbles(const uint8_t *from, int64_t words, uint8_t *to) {
+    for (int64_t i = 0; i < words; i++) {
+        uint32_t word;
+        memcpy(&word, from + 4 * i, sizeof word);
+        uint64_t spread = word;
+        spread = (spread | spread << 16) & 0x0000ffff0000ffffull;
+        spread = (spread | spread << 8) & 0x00ff00ff00ff00ffull;
+        spread = (spread | spread << 4) & 0x0f0f0f0f0f0f0f0full;
+        memcpy(to + 8 * i, &spread, sizeof spread);
     }
 }
 
-template <int KIND, typename T> INLINE void numbers_of(const Problem &p, int64_t column, float *scratch, T *to) {
+template <int KIND, typename T> INLINE void decode(const uint8_t *from, int64_t count, float scale, float zero, T *to) {
+    for (int64_t i = 0; i < count; i++) {
+        float code;
+        if constexpr (KIND == FLOAT8) {
+            uint32_t word = uint32_t(int32_t(int8_t(from[i])) << 20) & 0x87f00000u;
+            memcpy(&code, &word, sizeof code);
+            code *= 0x1p120f;
+        } else
+            code = KIND == INT4 ? float(from[i]) : float(int8_t(from[i]));
+        put((code - zero) * scale, to + i);
+    }
+}
+
+// scratch: scales, zeros and, for int4, the nibbles.
+template <int KIND, typename T>
+INLINE void numbers_of(const Problem &p, int64_t column, float *scratch, T *__restrict to) {
+    constexpr int64_t PIECE = 32;  // a known count makes short groups fast
     int64_t groups = p.k / p.width;
-    read_scales<4>(p, column, scratch, scratch + groups + 4);
+    float *zeros = scratch + groups + 4;
+    read_scales<4>(p, column, scratch, zeros);
     const uint8_t *codes = p.codes + column * p.row_bytes;
-    for (int64_t g = 0; g < groups; g++)
-        numbers<KIND>(codes + (KIND == INT4 ? g * p.width / 2 : g * p.width), p.width, scratch[g],
-                      scratch[groups + 4 + g], to + g * p.width);
+    if constexpr (KIND == INT4) {
+        uint8_t *nibbles = (uint8_t *)(zeros + groups + 4);
+        spread_nibbles(codes, p.row_bytes / 4, nibbles);
+        codes = nibbles;
+    }
+    for (int64_t g = 0; g < groups; g++) {
+        float scale = scratch[g], zero = zeros[g] + (KIND == INT4 ? 8.0f : 0.0f);  // a nibble is code + 8
+        int64_t at = g * p.width, end = at + p.width;
+        for (; at + PIECE <= end; at += PIECE) decode<KIND>(codes + at, PIECE, scale, zero, to + at);
+        decode<KIND>(codes + at, end - at, scale, zero, to + at);
+    }
 }
 
 template <typename T> INLINE void numbers_row(const Problem &p, int64_t column, float *scratch) {
@@ -350,7 +360,7 @@ INLINE void weight_row(const Problem &p, int64_t column, float *scratch) {
     else numbers_row<bf16>(p, column, scratch);
 }
 
-// --- one function per level -------------------------------------------------------------------------------------------
+// --- one function per level -----------------------------------------------------------------------------------------
 
 typedef void Arrange(const Problem &, const Arranged &, float *);
 typedef void Columns(const Problem &, const Arranged &, int64_t, int64_t, float *);
@@ -452,7 +462,8 @@ int puna_packed_product(const Problem *problems, int64_t count) {
 int puna_packed_dequantize(const Problem *problem) {
     const Problem &p = *problem;
     Level with = level(p.level);
-    int64_t scratch = up(2 * (p.k / p.width + 4), 16), count = p.n - p.rows;
+    int64_t nibbles = p.kind == INT4 ? p.row_bytes / 2 : 0;  // in floats
+    int64_t scratch = up(2 * (p.k / p.width + 4) + nibbles, 16), count = p.n - p.rows;
     int64_t parts = count * p.k < (1 << 15) ? 1 : p.threads < count ? p.threads : count;
     float *memory = (float *)aligned_alloc(64, size_t(parts * scratch) * sizeof(float));
     if (!memory) return 1;
