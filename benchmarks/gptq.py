@@ -5,7 +5,7 @@
 
 Inputs are correlated (spectrum 1/k) and a few columns large; weights are normal. int4, groups of 128, act-order. CPU
 seconds are what the process used, on a shared machine the steadier figure. `peak` is the memory above what was held
-before the call, in multiples of the D x D matrix it is given.
+before the call, in multiples of the D x D matrix it is given (too low by what making the inputs took and gave back).
 """
 
 from __future__ import annotations
