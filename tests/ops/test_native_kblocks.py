@@ -18,7 +18,7 @@ def draws(kind: str) -> torch.Tensor:
     sizes = 10.0 ** torch.arange(-44, 37, 2).repeat_interleave(2)[:, None]
     holes = torch.where(torch.rand(40, 512) < 0.9, torch.tensor(-0.0), torch.randn(40, 512))
     return {
-        "gauss": torch.randn(257, 512) * 0.02,
+        "gauss": torch.randn(65, 512) * 0.02,
         "heavy": HEAVY.sample((40, 512)),
         "coarse": torch.randint(-8, 9, (60, 512)) / 4.0,
         "constant": torch.tensor([0.0, -0.0, 1.0, -1.0, 1e-30, -6e4, 3e38])[:, None].expand(7, 512).contiguous(),

@@ -21,13 +21,14 @@ from puna.quant.blocks import LINEARS
 from puna.quant.calibration import Sequences
 from puna.quant.config import QuantConfig
 from puna.quant.score import Estimate, kl_difference, nll_difference, repaired
+from puna.train.fake_quant import fake_quantize_linears
 from puna.weights.folder import load_model
 
 place = importlib.util.spec_from_file_location("trained", Path(__file__).with_name("trained.py"))
 trained = importlib.util.module_from_spec(place)
 place.loader.exec_module(trained)
 
-STEPS, MORE_STEPS = 150, 60
+STEPS = 150
 SEEDS = (0, 1)
 
 
@@ -137,14 +138,22 @@ def test_k_quants_beat_q4_0_at_like_size(subject) -> None:
     assert difference.value + 2 * difference.error < 0, f"Q4_K {new.kl()}, Q4_0 {old.kl()} nats/token"
 
 
-def test_training_through_rounding_beats_gptq(subject, tmp_path, quantize) -> None:
-    """The same steps on the same text from the same weights: with int4 in the loop, or without and GPTQ afterwards."""
-    more = {"model": {"path": str(subject.folder)}, "optim": {"lr": 1e-3, "warmup_steps": 5}}
-    (tmp_path / "tokenizer").symlink_to(subject.folder.parent.parent / "tokenizer")
-    plain = load_model(trained.train(tmp_path / "plain", subject.seed, MORE_STEPS, **more))
-    aware = load_model(trained.train(tmp_path / "aware", subject.seed, MORE_STEPS, quant={"preset": "int4_wo"}, **more))
-    after_gptq = trained.applied(plain, QuantConfig.preset("int4_gptq"), subject.text, tmp_path / "gptq")
-    after_qat = trained.applied(aware, QuantConfig.preset("int4_wo"), subject.text, tmp_path / "qat")
-    gptq, qat = (trained.score(subject.model, model, subject.text) for model in (after_gptq, after_qat))
-    difference = nll_difference(qat, gptq)
+@pytest.mark.parametrize("seed", SEEDS)
+def test_training_through_rounding_beats_gptq(seed, tmp_path) -> None:
+    """The same steps on the same text from the same weights: with int4 in the loop, or without and GPTQ afterwards.
+
+    On a model of bytes, which these seconds train until int4 per channel costs it 2 % of perplexity.
+    """
+    learnt_T, held_T = trained.byte_text()
+    text = trained.byte_sequences(learnt_T, held_T)
+    base = trained.byte_model(seed)
+    trained.fit(base, learnt_T, 1000, 4e-3, seed)
+    plain, aware = deepcopy(base), deepcopy(base)
+    fake_quantize_linears(aware, QuantConfig(weights="int4"))
+    for steps, rate in trained.ANNEALING:
+        trained.fit(plain, learnt_T, steps, rate, seed)
+        trained.fit(aware, learnt_T, steps, rate, seed)
+    gptq = trained.applied(plain, QuantConfig(weights="int4", rounding="gptq"), text, tmp_path / "gptq")
+    after_gptq, after_qat = (trained.score(base, model, text) for model in (gptq, aware))
+    difference = nll_difference(after_qat, after_gptq)
     assert difference.value + 2 * difference.error < 0, f"QAT less GPTQ: {difference} nats/token"

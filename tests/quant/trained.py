@@ -7,16 +7,18 @@ from copy import deepcopy
 from pathlib import Path
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
 from puna.base.config import build
 from puna.corpus.in_memory import read_documents
+from puna.model.spec import Spec
 from puna.model.transformer import Transformer
 from puna.ops.attention import PackedCausal
 from puna.ops.formats.layer import QuantizedWeight
 from puna.quant.calibration import Sequences, split
 from puna.quant.config import QuantConfig
-from puna.quant.score import Score
+from puna.quant.score import IGNORED, Score
 from puna.quant.walk import Job, Outcome, Walk
 from puna.text.tokenizer import Tokenizer
 from puna.text.train_tokenizer import train_bpe
@@ -97,3 +99,45 @@ def applied(model: Transformer, config: QuantConfig, text: Sequences, folder: Pa
             value = kept[name]
             parameter.copy_(value.dequantize() if isinstance(value, QuantizedWeight) else value)
     return rounded
+
+
+# --- a smaller model that reads bytes and can be trained until four bits hurt it -------------------------------------
+
+BYTES = Spec.preset("debug").replace(vocab_size=256)
+ANNEALING = ((200, 1e-3), (150, 3e-4), (100, 1e-4))
+
+
+def byte_text() -> tuple[Tensor, Tensor]:
+    """Bytes of the library's modules from a to h: what is learnt, what is held out."""
+    data = b"".join(file.read_bytes() for file in sorted(LIBRARY.glob("[a-h]*.py"))[:60])
+    whole_T = torch.frombuffer(bytearray(data), dtype=torch.uint8).long()
+    cut = len(whole_T) * 4 // 5
+    return whole_T[:cut], whole_T[cut:]
+
+
+def byte_model(seed: int) -> Transformer:
+    """Random weights."""
+    model = Transformer(BYTES)
+    model.init_weights(torch.Generator().manual_seed(seed))
+    return model
+
+
+def fit(model: Transformer, text_T: Tensor, steps: int, rate: float, seed: int) -> None:
+    """AdamW on random windows, the rate falling to zero."""
+    draw = torch.Generator().manual_seed(seed)
+    optimizer = torch.optim.AdamW(model.parameters(), lr=rate, betas=(0.9, 0.95), fused=True)
+    for step in range(steps):
+        ids_ST = text_T[torch.randint(len(text_T) - SEQ_LEN, (12, 1), generator=draw) + torch.arange(SEQ_LEN + 1)]
+        positions_T = torch.arange(SEQ_LEN).repeat(12)
+        hidden_TD = model(ids_ST[:, :-1].flatten(), positions_T, PackedCausal.of([SEQ_LEN] * 12))
+        F.cross_entropy(model.logits(hidden_TD), ids_ST[:, 1:].flatten()).backward()
+        optimizer.param_groups[0]["lr"] = rate * min(1, (step + 1) / 10) * (1 - step / steps)
+        optimizer.step()
+        optimizer.zero_grad()
+
+
+def byte_sequences(learnt_T: Tensor, held_T: Tensor) -> Sequences:
+    """256 calibration sequences, everything that is held out to judge by."""
+    held_ST = held_T[: len(held_T) // SEQ_LEN * SEQ_LEN].view(-1, SEQ_LEN)[:400]
+    targets_ST = torch.cat([held_ST[:, 1:], torch.full((len(held_ST), 1), IGNORED)], 1)
+    return Sequences(learnt_T[: 256 * SEQ_LEN].view(-1, SEQ_LEN), held_ST, targets_ST, None)

@@ -228,6 +228,12 @@ def test_what_fits_a_mesh(config: dict[str, Any], tp: int, message: str) -> None
         check_layers(QuantConfig(**config), spec, tp)
 
 
+def test_codes_of_halved_weights_are_refused() -> None:
+    with pytest.raises(PunaError, match="in bfloat16 on tp 1, pp 2"):
+        check_layers(QuantConfig(weights="int8"), SPEC, 1, 2, "bfloat16")
+    check_layers(QuantConfig(weights="int8"), SPEC, 1, 1, "bfloat16")
+
+
 def test_off_unless_asked_for() -> None:
     assert training_config(QuantSection()) is None
     assert training_config(QuantSection(overrides=("*.down_proj=int4",))) == QuantConfig(

@@ -42,6 +42,7 @@ FAMILIES = {
     "biases": SMALL.replace(qkv_bias=True, output_bias=True, mlp_bias=True),
     "wide_heads": SMALL.replace(head_dim=32),
     "mistral": SMALL.replace(model_type="mistral", sliding_windows=(512, 512)),
+    "mistral_without_windows": SMALL.replace(model_type="mistral"),
     "qwen2": SMALL.replace(model_type="qwen2", qkv_bias=True),
     "qwen3": SMALL.replace(model_type="qwen3", qk_norm=True, head_dim=32, tie_word_embeddings=True),
     "llama3_rope": SMALL.replace(rope=LLAMA3, head_dim=64),
@@ -50,6 +51,7 @@ FAMILIES = {
     "yarn_rope": SMALL.replace(rope=YARN, head_dim=64),
     "yarn_attention": SMALL.replace(rope=Rope("yarn", 10000.0, 4.0, 512, 128, attention_factor=0.9), head_dim=64),
 }
+THEIRS = ("llama", "tied", "mistral", "qwen2", "qwen3")  # families that transformers reads from GGUF
 QUANTIZED = ("F16", "BF16", "Q8_0", "Q6_K", "Q5_K_M", "Q4_K_M", "Q4_K_S", "Q5_1", "Q5_0", "Q4_1", "Q4_0")
 
 
@@ -226,12 +228,13 @@ def test_importance_reaches_its_layer(tmp_path) -> None:
 # --- other programs -------------------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("family", ["llama", "tied", "mistral", "qwen2", "qwen3"])
-def test_transformers_computes_the_same(family, tmp_path, tokenizer, monkeypatch) -> None:
+@pytest.mark.parametrize(("family", "kind"), [*((f, "F32") for f in THEIRS), ("wide", "Q4_K_M"), ("wide", "Q5_0")])
+def test_transformers_computes_the_same(family, kind, tmp_path, tokenizer, monkeypatch) -> None:
     """transformers 5.23 reads neither rotary scaling nor biases of a llama from GGUF files, so those are left out."""
-    spec = FAMILIES[family].replace(vocab_size=max(340, tokenizer.vocab_size))
+    spec = {**FAMILIES, "wide": WIDE}[family].replace(vocab_size=max(340, tokenizer.vocab_size))
     spec = spec.replace(head_dim=128) if family == "qwen3" else spec  # transformers takes it for granted
-    model = saved(spec, tmp_path / "m.gguf", tokenizer)
+    saved(spec, tmp_path / "m.gguf", tokenizer, kind)
+    model = loaded(GgufSource(tmp_path / "m.gguf"))
     monkeypatch.setattr("transformers.modeling_utils.is_accelerate_available", lambda: True)  # asked for, not used
     theirs = AutoModelForCausalLM.from_pretrained(tmp_path, gguf_file="m.gguf", dtype=torch.float32)
     assert theirs.config.model_type == {"mistral": "llama"}.get(spec.model_type, spec.model_type)

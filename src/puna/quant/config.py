@@ -173,7 +173,7 @@ PRESETS: dict[str, dict[str, Any]] = {
     "int4_hqq": {"weights": "int4_g64_asym", "rounding": "hqq"},
     "int4_awq": {"weights": "int4_g128", "rescale": "awq", "clip": True},
     "int4_gptq": {"weights": "int4_g128", "rounding": "gptq"},
-    "int3_gptq": {"weights": "int3_g128", "rounding": "gptq"},
+    "int3_gptq": {"weights": "int3_g128", "rounding": "gptq", "clip": True},
     "int4_lorc": {"weights": "int4_g128", "low_rank": 32},
     "w8a8_sq": {"weights": "int8", "activations": "int8", "rescale": "smooth"},
     "llm_int8": {"weights": "int8", "activations": "int8", "outlier_threshold": 6.0},

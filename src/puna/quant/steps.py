@@ -195,8 +195,8 @@ def _round(
     if config.outlier_threshold:
         weight = replace(weight, threshold=config.outlier_threshold)
     if config.low_rank:
-        squares_D = None if moments is None else moments.mean_square_D
-        up_NR, down_RD = low_rank_error(weight_ND, packed, config.low_rank, mean_square_D=squares_D, dtype=scale_dtype)
+        second_DD = None if moments is None else moments.second_DD
+        up_NR, down_RD = low_rank_error(weight_ND, packed, config.low_rank, second_DD=second_DD, dtype=scale_dtype)
         weight = replace(weight, up_NR=up_NR, down_RD=down_RD)
     return weight
 

@@ -157,7 +157,7 @@ class Walk:
         stream = self.calibration or self.after
         if stream is None:
             return {}, None
-        heavy = self.calibration is not None and self.config.rounding == "gptq"
+        heavy = self.calibration is not None and (self.config.rounding == "gptq" or self.config.low_rank > 0)
         moments = {
             first: Moments(
                 tensors[f"{first}.weight"].shape[1], f"layers.{layer}.{first}", second=heavy, device=self.job.device

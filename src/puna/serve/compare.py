@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -24,44 +25,81 @@ def plain(weight: Tensor | QuantizedWeight) -> Tensor:
     return weight.dequantize(torch.float32) if isinstance(weight, QuantizedWeight) else weight
 
 
+@dataclass
+class _Found:
+    """Differences so far; squares are summed over all numbers."""
+
+    largest: float = 0.0
+    worst: str = ""
+    squares: float = 0.0
+    wrong: float = 0.0
+
+    def add(self, name: str, before: Tensor, after: Tensor) -> None:
+        """A tensor that was `before` and reads `after`."""
+        self.squares += _squares(before)
+        if torch.equal(before, after):
+            return
+        gap = (after.float() - before.float()).abs_()
+        self.wrong += _squares(gap)
+        if (most := float(gap.max())) > self.largest:
+            self.largest, self.worst = most, name
+
+
 def compare_weights(source: WeightReader, written: Path, dtype: torch.dtype | None) -> dict[str, Any]:
     """The largest difference, the tensor it is in, and the relative error (root of squares) of all numbers.
 
     dtype: what plain numbers were written in and must be equal in; packed ones must be equal as they are. None: all
     were rounded anew. Raises PunaError for other numbers. Memory: a few copies of one tensor.
     """
-    again = WeightReader(written)
-    worst, largest, total, wrong = "", 0.0, 0.0, 0.0
+    again, found = WeightReader(written), _Found()
     added = [name for name in again.names() if name not in source.names()]  # a head that was tied
     with progress(source.spec.num_params(), "reading back") as advance:
         for name in [*source.names(), *added]:
-            before, after = plain(source.weight("embed" if name in added else name)), again.weight(name)
-            exact = isinstance(after, QuantizedWeight)
-            expected = before if dtype is None or exact else before.to(dtype)
-            gap = (plain(after).float() - expected.float()).abs()
-            _check(name, gap, 0.0 if dtype is not None else _LARGEST_ERROR * _root_mean_square(before), written)
-            gap = (plain(after).float() - before.float()).abs()
-            total, wrong = total + _square(before), wrong + _square(gap)
-            if gap.numel() and (most := float(gap.max())) > largest:
-                worst, largest = name, most
+            stored, read = source.weight("embed" if name in added else name), again.weight(name)
+            before = plain(stored)
+            after = before if _is_same(stored, read) else plain(read)
+            _check(name, before, after, None if dtype is None else _written_as(read, before, dtype), written)
+            found.add(name, before, after)
             advance(before.numel(), name)
-    relative = (wrong / max(total, 1e-30)) ** 0.5
-    return {"tensors": len(source.names()), "max_difference": largest, "worst": worst, "relative_error": relative}
+    relative = (found.wrong / max(found.squares, 1e-30)) ** 0.5
+    return {"tensors": len(source.names()), "max_difference": found.largest, "worst": found.worst,
+            "relative_error": relative}  # fmt: skip
 
 
-def _check(name: str, gap: Tensor, limit: float, written: Path) -> None:
-    if not _root_mean_square(gap) <= limit:  # a NaN is no number that was meant
-        raise PunaError(
-            f"{written} does not say what its source says: {name} differs by {float(gap.max()):.3g}", _REPORT
-        )
+def _is_same(stored: Tensor | QuantizedWeight, read: Tensor | QuantizedWeight) -> bool:
+    """Whether two packed weights are the same ones, without unpacking them."""
+    if not (isinstance(stored, QuantizedWeight) and isinstance(read, QuantizedWeight)):
+        return False
+    pairs = [
+        (getattr(stored.packed, name), getattr(read.packed, name)) for name in ("data", "scales", "zeros", "group_of_D")
+    ]
+    pairs += [(getattr(stored, name), getattr(read, name)) for name in ("up_NR", "down_RD")]
+    return stored.packed.scheme == read.packed.scheme and all(_equal(a, b) for a, b in pairs)
 
 
-def _square(tensor: Tensor) -> float:
-    return float(tensor.double().square().sum())
+def _equal(a: Tensor | None, b: Tensor | None) -> bool:
+    if a is None or b is None:
+        return a is b
+    return a.dtype == b.dtype and a.shape == b.shape and torch.equal(a.view(torch.uint8), b.view(torch.uint8))
 
 
-def _root_mean_square(tensor: Tensor) -> float:
-    return (_square(tensor) / max(1, tensor.numel())) ** 0.5
+def _written_as(read: Tensor | QuantizedWeight, before: Tensor, dtype: torch.dtype) -> Tensor:
+    return before if isinstance(read, QuantizedWeight) else before.to(dtype)
+
+
+def _check(name: str, before: Tensor, after: Tensor, expected: Tensor | None, written: Path) -> None:
+    """Exactly what is expected; without that: within what rounding costs. A NaN is never what was meant."""
+    if expected is not None:
+        is_right = torch.equal(after, expected.to(after.dtype))
+    else:
+        is_right = _squares(after.float() - before.float()) <= _LARGEST_ERROR**2 * _squares(before)
+    if not is_right:
+        gap = (after.float() - before.float()).abs().max()
+        raise PunaError(f"{written} does not say what its source says: {name} differs by {float(gap):.3g}", _REPORT)
+
+
+def _squares(tensor: Tensor) -> float:
+    return float(torch.linalg.vector_norm(tensor, dtype=torch.float32)) ** 2
 
 
 def compare_words(source: Tokenizer | None, written: Path) -> str:

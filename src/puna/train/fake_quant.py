@@ -160,8 +160,14 @@ def describe(recipe: Recipe, config: QuantConfig) -> str:
     return f"weights {config.weights}{inputs}, rounded to nearest in every forward pass{begin}{ignored}"
 
 
-def check_layers(config: QuantConfig, spec: Spec, tp: int) -> None:
+def check_layers(config: QuantConfig, spec: Spec, tp: int, pp: int = 1, dtype: str = "float32") -> None:
     """Refuse formats whose tiles do not fit a layer, or its parts on `tp` ranks, with the layer's name and numbers."""
+    if dtype != "float32" and tp * pp > 1:
+        raise PunaError(
+            f"[quant] in {dtype} on tp {tp}, pp {pp}: ranks gather weights in {dtype}, and codes chosen from these are "
+            "not those of the saved weights",
+            "use --train.dtype float32, or cut along dp_shard only",
+        )
     if tp > 1 and config.activations != "none":
         raise PunaError(
             f"inputs are rounded per token to {config.activations}, and tp {tp} cuts a token's inputs over ranks",

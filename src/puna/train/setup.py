@@ -62,7 +62,7 @@ def open_world(recipe: Recipe, spec: Spec, meeting: Meeting) -> World:
     dtype = dtype_name(parse_dtype(train.dtype))
     check_passes(parallel, degrees, dtype, train.activation_checkpointing, train.compile)
     if (quant := training_config(recipe.quant)) is not None:
-        check_layers(quant, spec, degrees.tp)
+        check_layers(quant, spec, degrees.tp, degrees.pp, dtype)
     if degrees.pp > 1:
         microbatches(parallel, degrees, train.batch_size, train.micro_batch_size)
     device = choose_device(pick_device(train.device).type, place)

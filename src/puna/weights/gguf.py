@@ -18,7 +18,7 @@ from puna.model.spec import Spec
 from puna.model.transformer import Transformer
 from puna.ops.formats.gguf import dequantize_gguf, quantize_gguf
 from puna.text.tokenizer import Tokenizer
-from puna.weights.gguf_file import Entry, GgufFile, write_gguf
+from puna.weights.gguf_file import GgufFile, write_gguf
 from puna.weights.gguf_mix import MIXES, mix_named, types_of
 from puna.weights.gguf_spec import read_spec, rope_divisors, write_spec
 from puna.weights.gguf_tokenizer import tokenizer_metadata
@@ -152,6 +152,3 @@ def _metadata(path: str | Path, spec: Spec, mix: str, tokenizer: Tokenizer | Non
     named = {f"tokenizer.ggml.{part}_token_id": token for part, token in ids.items() if token is not None}
     stops = {"puna.eos_token_ids": list(spec.eos_token_ids)} if spec.eos_token_ids else {}
     return keys | general | {"general.quantization_version": 2} | stops | named | words
-
-
-__all__ = ["Entry", "GgufSource", "save_gguf", "spec_of"]

@@ -3,7 +3,7 @@
 Some tensors repay bits more than others: the output head, the values of attention, the MLP's way down; and among the
 layers the first and last eighth and every third between. Where 256 does not divide a row, a format of 32 stands in.
 
-Source: llama.cpp, src/llama-quant.cpp (its choices, checked against the program itself in the tests).
+Source: llama.cpp, src/llama-quant.cpp, llama_tensor_get_type_impl (late 2026).
 """
 
 from __future__ import annotations

@@ -46,7 +46,8 @@ def write_spec(spec: Spec) -> dict[str, Any]:
     keys["attention.value_length"] = keys["rope.dimension_count"] = spec.head_dim
     keys["attention.layer_norm_rms_epsilon"] = spec.rms_norm_eps
     keys |= _write_rope(spec.rope) | _write_windows(spec)
-    return {"general.architecture": arch, **{f"{arch}.{key}": value for key, value in keys.items()}}
+    named = {} if spec.model_type == arch else {"puna.model_type": spec.model_type}
+    return {"general.architecture": arch, **{f"{arch}.{key}": value for key, value in keys.items()}, **named}
 
 
 def rope_divisors(spec: Spec) -> Tensor | None:
@@ -67,10 +68,10 @@ def read_spec(metadata: Mapping[str, Any], shapes: Mapping[str, tuple[int, ...]]
         known = ", ".join(sorted(set(ARCHITECTURES.values())))
         raise PunaError(f"the file's architecture is {arch!r}", f"puna reads GGUF files of {known}")
     keys = {key.removeprefix(f"{arch}."): value for key, value in metadata.items() if key.startswith(f"{arch}.")}
-    windows, family = _read_windows(keys, arch, str(metadata.get("general.name", "")))
+    windows = _read_windows(keys)
     fields = _fields(keys, arch, shapes)
     spec = Spec(
-        model_type=family,
+        model_type=_family(metadata, arch, windows),
         **fields,
         rms_norm_eps=_shortest(_need(keys, "attention.layer_norm_rms_epsilon", arch)),
         rope=_read_rope(keys, arch, divisors, fields["head_dim"]),
@@ -168,15 +169,20 @@ def _write_windows(spec: Spec) -> dict[str, Any]:
     return keys
 
 
-def _read_windows(keys: Mapping[str, Any], arch: str, name: str) -> tuple[tuple[int | None, ...], str]:
-    """(one window per layer, the family): a window, or the name, makes a llama a mistral."""
-    window = keys.get("attention.sliding_window") or None
-    layers = int(keys.get("block_count", 0))
-    family = "mistral" if arch == "llama" and (window or "mistral" in name.lower()) else arch
+def _read_windows(keys: Mapping[str, Any]) -> tuple[int | None, ...]:
+    window, layers = keys.get("attention.sliding_window") or None, int(keys.get("block_count", 0))
     pattern = keys.get("attention.sliding_window_pattern", np.ones(layers, bool))
     if not isinstance(pattern, np.ndarray) or len(pattern) != layers:
         raise PunaError(f"a pattern of windows for {np.size(pattern)} of {layers} layers", "puna needs one entry each")
-    return tuple(window if slides else None for slides in pattern), family
+    return tuple(window if slides else None for slides in pattern)
+
+
+def _family(metadata: Mapping[str, Any], arch: str, windows: tuple[int | None, ...]) -> str:
+    """The model_type: as puna wrote it, else a llama with windows is a mistral."""
+    written = metadata.get("puna.model_type", arch)
+    if written != arch and ARCHITECTURES.get(written) == arch:
+        return str(written)
+    return "mistral" if arch == "llama" and any(windows) else arch
 
 
 def _write_rope(rope: Rope) -> dict[str, Any]:
