@@ -52,3 +52,9 @@ def test_unreadable_json_is_named(tmp_path) -> None:
     (tmp_path / "bad.json").write_text("{")
     with pytest.raises(PunaError, match=r"bad\.json is not readable"):
         storage.read_json(tmp_path / "bad.json")
+
+
+def test_a_parent_that_is_a_file_is_a_clear_error(tmp_path) -> None:
+    (tmp_path / "file").write_text("x")
+    with pytest.raises(PunaError, match="cannot write"):
+        storage.write_atomic(tmp_path / "file" / "below", "y")

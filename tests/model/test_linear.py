@@ -147,3 +147,6 @@ def test_prefill_and_decode_agree_in_a_model_with_a_quantized_head(text):
         model.logits(short).log_softmax(-1), together[:5], rtol=0, atol=1e-4 if text == "int8" else 1e-5
     )
     torch.testing.assert_close(model.head_weight, model.lm_head.dequantize())
+    torch.testing.assert_close(together, model.lm_head(hidden).log_softmax(-1))
+    if text != "int8":  # there the inputs are rounded too
+        torch.testing.assert_close(together, (hidden @ model.head_weight.t()).log_softmax(-1), rtol=0, atol=1e-5)

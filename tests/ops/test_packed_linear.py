@@ -195,7 +195,7 @@ def test_kernels_one_by_one(name, has_native):
 
 
 @pytest.mark.parametrize(("text", "name"), [("int8", "torch_int8"), ("int8", "bfloat16"), ("int4_g32", "bfloat16")])
-def test_kernels_for_bf16_one_by_one(text, name):
+def test_kernels_for_bf16_one_by_one(text, name, has_native):
     weight = quantized(text)
     stored, bias = packed_kernels.store(weight.packed), torch.randn(32)
     kernels = packed_linear._candidates(stored, weight, bias, torch.bfloat16, "")
@@ -216,6 +216,20 @@ def test_torchs_int4_packing_is_the_only_copy(text, monkeypatch):
     x = rows(3).requires_grad_()
     product(x).sum().backward()
     torch.testing.assert_close(x.grad, weight.dequantize().sum(0).expand(3, -1), rtol=1e-4, atol=1e-3)
+
+
+@pytest.mark.parametrize("forced", ["torch", "native"])
+@pytest.mark.parametrize("text", ["int4_g32_asym", "int8", "fp8_tensor", "fp8_b32", "int3_g48"])
+def test_a_weight_of_many_pieces(text, forced, monkeypatch, has_native):
+    monkeypatch.setenv("PUNA_PACKED", forced)
+    monkeypatch.setattr(packed_kernels, "PIECE", 20 * 384)
+    weight = quantized(text, 96)
+    product = assert_twin(weight, bias=torch.randn(96))
+    kernel = next(k for k in product.kernels[::-1] if k.name == "dequantize")
+    assert len(kernel.pieces(9)) in (3, 6)
+    x, g = rows(9).requires_grad_(), torch.randn(9, 96)
+    product(x).backward(g)
+    torch.testing.assert_close(x.grad, g @ weight.dequantize(), rtol=1e-4, atol=1e-4)
 
 
 def test_an_fp32_model_gets_exact_kernels_only():
@@ -255,8 +269,8 @@ def test_any_shape_and_stride_of_x():
     plain = product(x)
     torch.testing.assert_close(product(x.view(2, 3, 64)), plain.view(2, 3, 8))
     torch.testing.assert_close(product(x[0]), plain[0])
-    assert torch.equal(product(torch.cat([x, x], 1)[:, 64:]), plain)
-    assert torch.equal(product(x.t().contiguous().t()), plain)
+    torch.testing.assert_close(product(torch.cat([x, x], 1)[:, 64:]), plain)
+    torch.testing.assert_close(product(x.t().contiguous().t()), plain)
     assert product(x[:0]).shape == (0, 8)
     assert product(x[:0].view(0, 3, 64)).shape == (0, 3, 8)
     torch.testing.assert_close(product(x.double()).float(), plain, rtol=1e-4, atol=1e-4)
@@ -326,7 +340,7 @@ def test_those_who_watch_get_the_twin():
         assert product(mode.from_tensor(x)).shape == (3, 8)
 
 
-def test_measured_once_for_weights_of_a_kind(monkeypatch):
+def test_measured_once_for_weights_of_a_kind(monkeypatch, has_native):
     measured = []
     real = packed_linear._measure
     monkeypatch.setattr(packed_linear, "_measure", lambda *a: measured.append(a[1]) or real(*a))

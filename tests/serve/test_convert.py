@@ -31,6 +31,8 @@ from puna.weights.folder import empty_model, load_model, save_model
 from puna.weights.importance import read_importance
 from puna.weights.meta import params_of
 from puna.weights.model_files import find_spec, find_tokenizer
+from puna.weights.quantization import LayerFormat
+from puna.weights.quantized import to_stored
 from puna.weights.tensor_file import TensorFile
 from weights.quantized_models import logits, parameters_of, quantize, random_model, write
 
@@ -199,6 +201,18 @@ def test_other_numbers_are_found_before_the_result_has_its_name(folders, tmp_pat
         with pytest.raises(PunaError, match="does not say what its source says: embed differs"):
             run_convert(Conversion(str(folders["awq"]), to, str(tmp_path / f"m.{to}"), "Q4_0"))
         assert not (tmp_path / f"m.{to}").exists()
+
+
+def test_other_codes_are_found(folders, tmp_path, monkeypatch) -> None:
+    def other(weight: QuantizedWeight, form: LayerFormat) -> dict[str, torch.Tensor]:
+        tensors = to_stored(weight, form)
+        tensors["qweight"][0, 0] ^= 1
+        return tensors
+
+    monkeypatch.setattr("puna.weights.export.to_stored", other)
+    with pytest.raises(PunaError, match=r"its source says: layers\.0\.attn\.q_proj\.weight differs"):
+        convert(folders["compressed-tensors"], "gptq", tmp_path / "m")
+    assert not (tmp_path / "m").exists()
 
 
 def test_other_words_are_found(folders, tmp_path, monkeypatch) -> None:

@@ -28,7 +28,8 @@ def write_atomic(path: Path, data: bytes | str) -> None:
         os.replace(beside, path)
         sync_folder(path.parent)
     except OSError as error:
-        beside.unlink(missing_ok=True)
+        with suppress(OSError):  # a parent that is a file cannot be searched either
+            beside.unlink(missing_ok=True)
         raise disk_error(error, path) from error
 
 

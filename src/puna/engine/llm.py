@@ -18,6 +18,7 @@ from puna.ops.attention import PackedCausal, RoundedKV
 from puna.text.tokenizer import Tokenizer
 from puna.weights.fetch import local_folder
 from puna.weights.folder import load_model
+from puna.weights.model_files import find_tokenizer
 
 Prompt = str | Sequence[int]
 
@@ -34,7 +35,7 @@ class LLM:
         check_kv(kv)
         path = local_folder(path, state=False)  # of a URL; anything else is itself
         model = load_model(str(path), dtype, device)
-        self._set_up(model, _find_tokenizer(path), kv)
+        self._set_up(model, find_tokenizer(path), kv)
 
     @classmethod
     def of(cls, model: Transformer, tokenizer: Tokenizer | None, kv: str = "auto") -> LLM:
@@ -179,11 +180,6 @@ def check_kv(kv: str) -> None:
         raise PunaError(
             f"kv is {kv!r}", "use auto (as the folder says) or none; `puna quantize --kv int8` calibrates a cache"
         )
-
-
-def _find_tokenizer(path: str | Path) -> Tokenizer | None:
-    names = ("tokenizer.json", "tokenizer.model")
-    return Tokenizer.load(path) if any((Path(path) / name).exists() for name in names) else None
 
 
 def _record(output: Output, token: int, logits_V: Tensor, top: int | None) -> None:

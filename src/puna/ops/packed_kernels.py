@@ -1,7 +1,7 @@
 """Everyone who can multiply with a quantized weight on a CPU; `packed_linear` chooses among them.
 
     native       C++ for few rows: codes become floats in registers, so memory is the whole cost; exact
-    dequantize   pieces of the weight become numbers (a piece stays in the cache), then `ops.linear`; any format, exact
+    dequantize   pieces of the weight become numbers (which stay in the cache), then `ops.linear`; any format, exact
     integer      int8 inputs times int8 weights in int32 (`torch._int_mm`); exact
     bfloat16     dequantize, with pieces in bf16                                   }  only for bf16 inputs: what they
     torch_int8   torch's kernel for int8 per channel                               }  compute with is rounded to bf16
@@ -27,7 +27,9 @@ from puna.ops.formats.layer import QuantizedWeight
 from puna.ops.formats.packed import Packed, pack
 from puna.ops.native import packed as native
 
-PIECE = 1 << 18  # numbers dequantized at a time: 1 MiB in fp32, which stays in a core's cache
+# Numbers dequantized at a time, 4 MiB in fp32: they stay in the shared cache. Smaller pieces suit one core better, but
+# cores wait for each other at every piece, on a busy machine for milliseconds.
+PIECE = 1 << 20
 
 
 class Kernel(Protocol):
@@ -151,7 +153,7 @@ class Dequantize:
         """Ranges of outputs: fewer and larger ones for many rows, where the product is most of the work."""
         outputs, inputs = self.stored.packed.shape
         height = self.stored.packed.scheme.group_size if self.stored.packed.scheme.granularity == "block" else 16
-        size = PIECE * (1 if rows <= 32 else 4) if self.stored.packed.data.is_cpu else 1 << 24
+        size = PIECE * (1 if rows <= 128 else 4) if self.stored.packed.data.is_cpu else 1 << 24
         step = max(1, size // max(1, inputs) // height) * height
         return [(begin, min(outputs, begin + step)) for begin in range(0, outputs, step)]
 

@@ -5,8 +5,9 @@ Shapes: T tokens of one sequence, S sequences, D model width.
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Callable, Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 
 import torch
 import torch.nn.functional as F
@@ -30,6 +31,7 @@ INPUTS = {
     "mlp.down_proj": ("mlp.down_proj",),
 }
 LINEARS = tuple(name for names in INPUTS.values() for name in names)
+_LAST = "mlp.down_proj"
 Watch = Callable[[str, Tensor], None]  # (the first linear that reads it, x (tokens, inputs))
 
 
@@ -84,6 +86,10 @@ def round_block(block: Block, quantized: Mapping[str, QuantizedWeight]) -> Block
     return block
 
 
+class _Enough(Exception):
+    """All inputs of a block are seen: what it would compute from here on nobody looks at."""
+
+
 class _Watched(Linear):
     """A plain linear layer that shows its input before it computes."""
 
@@ -99,18 +105,28 @@ class _Watched(Linear):
 
 @contextmanager
 def watched(block: Block, watch: Watch) -> Iterator[None]:
-    """Within, `watch` is called with every distinct input of the block's linear layers."""
+    """Within, `watch` is called with every distinct input of the block's linear layers; the block's output is lost."""
+
+    def show(name: str, x: Tensor) -> None:
+        watch(name, x)
+        if name == _LAST:
+            raise _Enough
+
     firsts = [block.get_submodule(name) for name in INPUTS]
     for name, module in zip(INPUTS, firsts, strict=True):
         assert type(module) is Linear
         module.__class__ = _Watched
-        module.show = lambda x, name=name: watch(name, x)  # type: ignore[assignment]
+        module.show = functools.partial(show, name)  # type: ignore[assignment]
     try:
         yield
     finally:
         for module in firsts:
             del module.show
             module.__class__ = Linear
+
+
+def _as_it_is(attend: Attend) -> Attend:
+    return attend
 
 
 class Runner:
@@ -126,18 +142,25 @@ class Runner:
         block: Block,
         stream: Stream,
         layer: int,
-        around: Callable[[Attend], Attend] = lambda attend: attend,
-        write: bool = True,
+        around: Callable[[Attend], Attend] = _as_it_is,
     ) -> None:
         """Send a stream through `block`; `around` wraps the attention (rounded keys, a calibration that looks on)."""
         for rows in stream.batches():
             x_TD = stream.read(layer, rows).to(self.device)
             cos, sin, attend = self._tables_for(rows.stop - rows.start, stream.length)
-            y_TD = block(x_TD, cos, sin, around(attend))
-            if write:
-                stream.write(layer + 1, rows, y_TD)
-        if write:
-            stream.sync(layer + 1)
+            stream.write(layer + 1, rows, block(x_TD, cos, sin, around(attend)))
+        stream.sync(layer + 1)
+
+    @torch.inference_mode()
+    def look(
+        self, block: Block, stream: Stream, layer: int, watch: Watch, around: Callable[[Attend], Attend] = _as_it_is
+    ) -> None:
+        """Send a stream as far into `block` as its last input; nothing is written."""
+        with watched(block, watch):
+            for rows in stream.batches():
+                cos, sin, attend = self._tables_for(rows.stop - rows.start, stream.length)
+                with suppress(_Enough):
+                    block(stream.read(layer, rows).to(self.device), cos, sin, around(attend))
 
     def _tables_for(self, sequences: int, length: int) -> tuple[Tensor, Tensor, PackedCausal]:
         key = sequences, length

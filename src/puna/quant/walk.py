@@ -33,7 +33,7 @@ from puna.ops.attention import RoundedKV
 from puna.ops.basic import rms_norm
 from puna.ops.formats.kv import KVScales
 from puna.ops.formats.layer import QuantizedWeight
-from puna.quant.blocks import INPUTS, RoundedLinear, Runner, block_parameters, build_block, round_block, watched
+from puna.quant.blocks import INPUTS, RoundedLinear, Runner, block_parameters, build_block, round_block
 from puna.quant.calibration import Sequences
 from puna.quant.config import QuantConfig
 from puna.quant.kv import KVRange
@@ -166,9 +166,9 @@ class Walk:
         }
         seen = KVRange(1, self.spec.num_key_value_heads, self.job.device) if self.config.kv_scheme else None
         block = build_block(self.spec, layer, tensors, self.job.device)
-        with self._clock("forward"), watched(block, lambda first, x: moments[first].add(x)):
+        with self._clock("forward"):
             around = (lambda attend: _OneLayer(seen.watch(attend))) if seen else (lambda attend: attend)
-            self.runner.run(block, stream, layer, around, write=False)
+            self.runner.look(block, stream, layer, lambda first, x: moments[first].add(x), around)
         for moment in moments.values():
             moment.merge(self.job.reduce)
             moment.check()

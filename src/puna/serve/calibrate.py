@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 from collections.abc import Sequence
-from pathlib import Path
 
 from puna.base import files
 from puna.base.console import PunaError
@@ -12,10 +11,8 @@ from puna.corpus.in_memory import STANDARD_LIBRARY, read_documents
 from puna.quant.calibration import Content, Sequences, split
 from puna.quant.config import QuantConfig
 from puna.text.tokenizer import Tokenizer
-from puna.weights.fetch import local_folder
 
 Document = tuple[str, Content]  # the name of its file, and its text or messages
-TOKENIZER_FILES = ("tokenizer.json", "tokenizer.model")
 
 
 def read_sequences(
@@ -34,12 +31,6 @@ def read_sequences(
     held = read_contents(evaluation) if evaluation else None
     samples = config.samples if config.needs_calibration else 0
     return split(documents, tokenizer, samples, config.seq_len, eval_tokens or 2 * config.seq_len, config.seed, held)
-
-
-def find_tokenizer(model: str) -> Tokenizer | None:
-    """The tokenizer of a model folder, if it has one."""
-    folder = Path(local_folder(model, state=False))
-    return Tokenizer.load(folder) if any((folder / name).exists() for name in TOKENIZER_FILES) else None
 
 
 def read_contents(paths: Sequence[str]) -> list[Document]:

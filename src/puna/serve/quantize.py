@@ -37,14 +37,16 @@ from puna.quant.score import repaired
 from puna.quant.sensitivity import PROBE_TOKENS, candidates, measure_damage
 from puna.quant.streams import Stream
 from puna.quant.walk import Job, Outcome, Tensors, Walk
-from puna.serve.calibrate import find_tokenizer, read_sequences
+from puna.serve.calibrate import read_sequences
 from puna.serve.ranks import Ranks, open_ranks
 from puna.serve.reload import check_reload
 from puna.serve.speed import available_memory, compare_speed
 from puna.text.tokenizer import Tokenizer
 from puna.weights.export import QuantizedWriter, check_new, check_space
+from puna.weights.fetch import local_folder
 from puna.weights.folder import load_model
 from puna.weights.holding import check_format, linear_shapes, stored_bytes
+from puna.weights.model_files import find_tokenizer
 from puna.weights.quantization import COMPRESSED, OWN, LayerFormat, layer_format
 from puna.weights.reader import WeightReader
 
@@ -155,7 +157,7 @@ def make_plan(request: Request, ranks: Ranks) -> Plan:
     warnings = check_format(choose_format(request), forms, reader.spec, config.kv_scheme)
     if ranks.size > 1 and not config.needs_calibration:
         raise PunaError(f"{ranks.size} ranks, and no calibration text to split", "run this preset in one process")
-    tokenizer = find_tokenizer(request.model)
+    tokenizer = find_tokenizer(local_folder(request.model, state=False))
     text = None
     if config.needs_calibration or request.eval_tokens:
         config = replace(config, samples=-(-config.samples // ranks.size) * ranks.size)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
+from dataclasses import replace
 from math import prod
 
 import torch
@@ -52,7 +53,7 @@ def check_format(
             reasons.setdefault(reason, []).append(layer)
     if kv is not None and format not in (COMPRESSED, OWN):
         reasons.setdefault("it has no place for scales of a quantized KV cache", []).append("the cache")
-    if format == AWQ and len({form.scheme for form in layers.values() if form is not None}) > 1:
+    if format == AWQ and len({replace(form.scheme, symmetric=True) for form in layers.values() if form}) > 1:
         reasons.setdefault("one number format must do for all layers", []).append("mixed precision")
     if reasons:
         lines = [

@@ -61,13 +61,16 @@ def from_gptq(tensors: dict[str, Tensor], bits: int, group_size: int, version: i
     columns = tensors["qweight"].shape[0] * 32 // bits
     group_of_D = tensors["g_idx"]
     _check_shapes(tensors, rows, columns, groups, bits)
-    codes_ND = unsigned_to_signed(unpack_words(tensors["qweight"].t(), bits, columns), bits)
     stored_GN = unpack_words(tensors["qzeros"], bits, rows).to(torch.int16) + (2 - version)
     zeros_NG = (stored_GN & (2**bits - 1)).sub_(2 ** (bits - 1)).to(torch.int8).t().contiguous()
     symmetric = not bool(zeros_NG.any())
     per_channel = group_size == -1 or groups == 1
     scheme = Scheme(bits, "int", symmetric, "channel" if per_channel else "group", 0 if per_channel else group_size)
     order = None if _are_neighbours(group_of_D, columns, groups) else group_of_D
+    words_NW = tensors["qweight"].t().contiguous()
+    if bits < 8:  # the words are the canonical ones, transposed
+        return Packed(words_NW, scales_NG, None if symmetric else zeros_NG, scheme, (rows, columns), order)
+    codes_ND = unsigned_to_signed(unpack_words(words_NW, bits, columns), bits)
     return pack(codes_ND, scheme, scales_NG, None if symmetric else zeros_NG, order)
 
 
