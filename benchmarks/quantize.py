@@ -52,7 +52,7 @@ def quantize(model: Path, out: Path, preset: str, *more: str) -> dict:
 
 def row(shape: str, preset: str, report: dict) -> dict:
     seconds = report["seconds"]
-    rounding = sum(seconds.get(name, 0.0) for name in ("reading", "rounding", "gptq", "writing"))
+    rounding = sum(seconds.get(name, 0.0) for name in ("reading", "rounding", "gptq"))
     method = sum(seconds.get(name, 0.0) for name in ("reading", "forward", "rounding", "gptq", "writing"))
     weights = sum(layer["weights"] for layer in report["layers"])
     return {
@@ -61,6 +61,7 @@ def row(shape: str, preset: str, report: dict) -> dict:
         "quantizing_s": round(method, 1),
         "report_s": round(sum(seconds.values()) - method, 1),
         "rounding_mb_per_s_fp32": round(4 * weights / rounding / 1e6),
+        "with_writing_mb_per_s": round(4 * weights / (rounding + seconds["writing"]) / 1e6),
         "peak_gib": round(report["peak_memory"] / 2**30, 2),
         "seconds": {name: round(value, 2) for name, value in seconds.items()},
         "calibration_tokens": report["calibration"].get("calibration_tokens"),

@@ -50,7 +50,7 @@ def quantize(
         eval: Held-out text for the report. Default: a part of calib that is not calibrated on.
         override: Formats for some layers, as "*.down_proj=int8"; later ones win; none leaves a layer as it is.
         target_bits: Average bits per weight, scales included; layers get bits by measured sensitivity.
-        samples: Calibration sequences; 0: eight tokens for every input of the widest layer.
+        samples: Calibration sequences; 0: six tokens for every input of the widest layer.
         seq_len: Tokens of each; 0: 512, or the model's context.
         eval_tokens: Held-out tokens for the report; 0: none, and nothing is compared.
         max_ppl_increase: Largest increase of perplexity, as 1%; a worse result is kept aside and ends with exit code 2.

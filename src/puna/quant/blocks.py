@@ -6,6 +6,7 @@ Shapes: T tokens of one sequence, S sequences, D model width.
 from __future__ import annotations
 
 import functools
+import itertools
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager, suppress
 
@@ -20,6 +21,7 @@ from puna.model.spec import Spec
 from puna.model.transformer import Block
 from puna.ops.attention import PackedCausal
 from puna.ops.formats.layer import QuantizedWeight
+from puna.ops.linear import linear
 from puna.ops.rope import cos_sin
 from puna.quant.streams import Stream
 
@@ -64,7 +66,7 @@ class RoundedLinear(nn.Module):
         self.low_rank = None if merged or quantized.up_NR is None else (quantized.up_NR.float(), quantized.down_RD)
 
     def forward(self, x_TD: Tensor) -> Tensor:
-        y_TN = F.linear(self.quantized.round_inputs(x_TD), self.weight_ND, self.bias)
+        y_TN = linear(self.quantized.round_inputs(x_TD), self.weight_ND, self.bias)
         if self.low_rank is None:
             return y_TN
         up_NR, down_RD = self.low_rank
@@ -153,11 +155,17 @@ class Runner:
 
     @torch.inference_mode()
     def look(
-        self, block: Block, stream: Stream, layer: int, watch: Watch, around: Callable[[Attend], Attend] = _as_it_is
+        self,
+        block: Block,
+        stream: Stream,
+        layer: int,
+        watch: Watch,
+        around: Callable[[Attend], Attend] = _as_it_is,
+        batches: int | None = None,
     ) -> None:
-        """Send a stream as far into `block` as its last input; nothing is written."""
+        """Send a stream, or its first `batches`, as far into `block` as its last input; nothing is written."""
         with watched(block, watch):
-            for rows in stream.batches():
+            for rows in itertools.islice(stream.batches(), batches):
                 cos, sin, attend = self._tables_for(rows.stop - rows.start, stream.length)
                 with suppress(_Enough):
                     block(stream.read(layer, rows).to(self.device), cos, sin, around(attend))

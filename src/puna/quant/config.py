@@ -45,7 +45,7 @@ class QuantConfig:
     kv: str = knob("none", "KV cache: none, int8, fp8, or int8_head, fp8_head for a scale per head")
     overrides: tuple[str, ...] = knob((), 'formats for some layers, later ones win: "*.down_proj=int8"')
     target_bits: float = knob(0.0, "average bits per weight, scales included; 0: every layer as `weights` says")
-    samples: int = knob(0, "calibration sequences; 0: eight tokens for every input of the widest layer")
+    samples: int = knob(0, "calibration sequences; 0: six tokens for every input of the widest layer")
     seq_len: int = knob(0, "tokens of each; 0: 512, or the model's context where that is shorter")
     seed: int = knob(0, "of the choice of calibration sequences")
 

@@ -141,10 +141,11 @@ class Walk:
             )  # fmt: skip
         with self._clock("measuring"):
             self.found.rows += measure(f"layers.{layer}.", tensors, plain, done, moments)
-        with self._clock("forward"):
-            block = round_block(build_block(self.spec, layer, done.tensors, job.device), done.quantized)
-            for stream in (self.calibration, None if config.is_plain else self.after):
-                if stream is not None:
+        streams = [self.calibration, None if config.is_plain else self.after]
+        if any(streams):
+            with self._clock("forward"):
+                block = round_block(build_block(self.spec, layer, done.tensors, job.device), done.quantized)
+                for stream in filter(None, streams):
                     self.runner.run(block, stream, layer, _rounding(kv))
         parts: Tensors = {f"layers.{layer}.{name}": done.tensors[name].to(stored[name].dtype).cpu() for name in names}
         parts |= {f"layers.{layer}.{name}.weight": quantized for name, quantized in done.quantized.items()}
@@ -168,7 +169,10 @@ class Walk:
         block = build_block(self.spec, layer, tensors, self.job.device)
         with self._clock("forward"):
             around = (lambda attend: _OneLayer(seen.watch(attend))) if seen else (lambda attend: attend)
-            self.runner.look(block, stream, layer, lambda first, x: moments[first].add(x), around)
+            few = (
+                None if self.calibration else 1
+            )  # without a method to inform, a sample of inputs is all that is wanted
+            self.runner.look(block, stream, layer, lambda first, x: moments[first].add(x), around, few)
         for moment in moments.values():
             moment.merge(self.job.reduce)
             moment.check()
