@@ -96,6 +96,12 @@ def test_overrides_head_and_target(model, tmp_path) -> None:
     report = run_quantize(request(model, tmp_path / "b", target_bits=5.0), quiet=True)
     assert 4.6 < report["derived"]["bits_per_weight"] <= 5.0
     assert len({layer["format"] for layer in report["layers"]}) > 1
+    changes = {"target_bits": 6.0, "overrides": ("*.down_proj=int8", "layers.0.attn.*=none")}
+    report = run_quantize(replace(request(model, tmp_path / "c", **changes), format="gptq"), quiet=True)
+    formats = {layer["name"]: layer["format"] for layer in report["layers"]}
+    assert formats["layers.1.mlp.down_proj"] == "int8"
+    assert set(formats.values()) <= {"int3_g32", "int4_g32", "int8_g32", "int8"}  # what GPTQ files hold
+    assert 5.4 < report["derived"]["bits_per_weight"] <= 6.1
 
 
 def test_speed_is_measured(model, tmp_path, monkeypatch) -> None:

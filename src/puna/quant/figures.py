@@ -69,13 +69,18 @@ class Speed:
     bandwidth: float = 0.0
 
     @property
+    def rate(self) -> str:
+        """tokens/s with three digits, in full."""
+        return f"{self.tokens_per_second:.0f}" if self.tokens_per_second >= 100 else f"{self.tokens_per_second:.3g}"
+
+    @property
     def share(self) -> float | None:
         """Of what memory bandwidth allows: the roofline."""
         return self.tokens_per_second * self.bytes_per_token / self.bandwidth if self.bandwidth else None
 
     def __str__(self) -> str:
         share = "" if self.share is None else f" ({self.share:.0%} of bandwidth)"
-        return f"{self.tokens_per_second:.3g}{share}"
+        return f"{self.rate}{share}"
 
 
 @dataclass(frozen=True)

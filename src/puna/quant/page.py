@@ -62,7 +62,7 @@ def _tiles(report: Report) -> str:
         "same top-1 token": after and after.top1 and after.top1.percent(),
         "bits per weight": report.bits_per_weight and f"{report.bits_per_weight:.2f}",
         "of the size": report.size_before and f"{report.size_after / report.size_before:.1%}",
-        "tokens/s": report.speed_after and f"{report.speed_after.tokens_per_second:.3g}",
+        "tokens/s": report.speed_after and report.speed_after.rate,
     }
     tiles = [f"<div><b>{escape(value)}</b><span>{escape(name)}</span></div>" for name, value in found.items() if value]
     return f'<div class="tiles">{"".join(tiles)}</div>'

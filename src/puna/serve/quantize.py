@@ -27,24 +27,22 @@ from puna.base.hardware import describe, keep_freed_memory, parse_dtype
 from puna.base.storage import read_json, write_json
 from puna.model.spec import Spec
 from puna.ops.formats.scheme import Scheme
-from puna.quant.allocate import allocate
 from puna.quant.calibration import Sequences
 from puna.quant.config import CONFIG_FILE, QuantConfig, hf_name
 from puna.quant.figures import parse_increase
 from puna.quant.page import report_page
 from puna.quant.report import Quality, Report
 from puna.quant.score import repaired
-from puna.quant.sensitivity import PROBE_TOKENS, candidates, measure_damage
 from puna.quant.streams import Stream
 from puna.quant.walk import Job, Outcome, Tensors, Walk
 from puna.serve.calibrate import read_sequences
 from puna.serve.ranks import Ranks, open_ranks
 from puna.serve.reload import check_reload
 from puna.serve.speed import available_memory, compare_speed
+from puna.serve.target_bits import choose_bits
 from puna.text.tokenizer import Tokenizer
 from puna.weights.export import QuantizedWriter, check_new, check_space
 from puna.weights.fetch import local_folder
-from puna.weights.folder import load_model
 from puna.weights.holding import check_format, linear_shapes, stored_bytes
 from puna.weights.model_files import find_tokenizer
 from puna.weights.quantization import COMPRESSED, OWN, LayerFormat, layer_format
@@ -167,9 +165,16 @@ def make_plan(request: Request, ranks: Ranks) -> Plan:
     _check_disk(request, forms, reader.spec, text)
     plan = Plan(reader, tokenizer, config, text, out.with_name(f"{out.name}.partial") / f"walk-{ranks.rank}", warnings)
     ranks.agree("quantization", json.dumps(_identity(plan)))
-    if config.target_bits:
-        plan = replace(plan, config=_allocate(request, plan))
-    return plan
+    return _with_chosen_bits(request, plan) if config.target_bits else plan
+
+
+def _with_chosen_bits(request: Request, plan: Plan) -> Plan:
+    assert plan.text is not None
+    format = choose_format(request)
+    config = choose_bits(request.model, plan.config, plan.spec, format, plan.text.calibration_ST)
+    notes = check_format(format, check_layers(config, plan.spec, format), plan.spec, config.kv_scheme)
+    warnings = [*notes, *(warning for warning in plan.warnings if warning not in notes)]
+    return replace(plan, config=config, warnings=warnings)
 
 
 def complete(config: QuantConfig, spec: Spec) -> QuantConfig:
@@ -275,27 +280,6 @@ def _measure_speed(request: Request, plan: Plan, report: Report, folder: Path) -
     (report.speed_before, report.speed_after), names = compare_speed([request.model, str(folder)])
     report.seconds["speed"] = time.perf_counter() - started
     report.layers = [replace(layer, kernel=names.get(layer.name, "")) for layer in report.layers]
-
-
-def _allocate(request: Request, plan: Plan) -> QuantConfig:
-    """Overrides that spend the bits where sensitivity was measured to be highest. On every rank alike."""
-    assert plan.text is not None
-    needed = int(1.5 * 4 * plan.spec.num_params())
-    if needed > available_memory():
-        raise PunaError(
-            f"--target-bits measures every layer on the whole model, which needs {size(needed)} of memory; "
-            f"{size(available_memory())} are free",
-            "choose formats with --override, or run it on a larger machine",
-        )
-    model = load_model(request.model)
-    rows = max(1, PROBE_TOKENS // plan.config.seq_len)
-    tokens = plan.text.calibration_ST[:rows]
-    with progress(sum(p.nbytes for p in model.parameters()), "measuring sensitivity") as advance:
-        damage, bits = measure_damage(model, tokens, candidates(plan.config), advance)
-    weights = {layer: rows * columns for layer, (rows, columns) in linear_shapes(plan.spec).items() if layer in damage}
-    chosen = allocate(damage, bits, weights, plan.config.target_bits)
-    overrides = tuple(f"{layer}={text}" for layer, text in chosen.items() if text != plan.config.weights)
-    return replace(plan.config, overrides=(*overrides, *plan.config.overrides))
 
 
 def _writer(request: Request, plan: Plan) -> QuantizedWriter:
