@@ -23,9 +23,9 @@ from puna.model.spec import Rope, Spec
 from puna.model.transformer import Transformer
 from puna.ops.attention import PackedCausal
 from puna.weights.folder import empty_model
-from puna.weights.gguf import GgufSource, save_gguf, spec_of
-from puna.weights.gguf_file import GgufFile, write_gguf
-from puna.weights.gguf_mix import MIXES, mix_named, types_of
+from puna.weights.gguf.file import GgufFile, write_gguf
+from puna.weights.gguf.mix import MIXES, mix_named, types_of
+from puna.weights.gguf.model import GgufSource, save_gguf, spec_of
 from puna.weights.names import GGUF, names_on_disk
 
 IDS = torch.arange(1, 33)

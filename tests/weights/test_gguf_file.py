@@ -1,4 +1,4 @@
-"""weights/gguf_file.py: what is written the gguf package reads, its files we read, and nothing damaged gets through."""
+"""weights/gguf/file.py: what is written the gguf package reads, its files we read, and nothing damaged gets through."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ import torch
 
 from puna.base.console import PunaError
 from puna.ops.formats.gguf import TYPES, quantize_gguf
-from puna.weights.gguf_file import GgufFile, stored_bytes, write_gguf
+from puna.weights.gguf.file import GgufFile, stored_bytes, write_gguf
 
 METADATA = {
     "general.architecture": "llama",
@@ -230,7 +230,7 @@ def test_memory_holds_one_tensor(tmp_path) -> None:
     """24 tensors of 16 MiB each: peak memory grows by one or two of them."""
     code = """
 import resource, sys, torch
-from puna.weights.gguf_file import GgufFile, write_gguf
+from puna.weights.gguf.file import GgufFile, write_gguf
 peak = lambda: resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024
 entries = {f"t{i}": ("F32", (4096, 1024)) for i in range(24)}
 write_gguf(sys.argv[1], {}, {"t": ("F32", (8,))}, lambda name: torch.zeros(32, dtype=torch.uint8))

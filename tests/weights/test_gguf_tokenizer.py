@@ -1,4 +1,4 @@
-"""weights/gguf_tokenizer.py: tokenizers into GGUF metadata and back with the same ids, which are llama.cpp's as well."""
+"""weights/gguf/tokenizer.py: tokenizers into GGUF metadata and back with the same ids, which are llama.cpp's as well."""
 
 from __future__ import annotations
 
@@ -21,10 +21,10 @@ from puna.model.transformer import Transformer
 from puna.text.tiktoken import LLAMA3_PATTERN, byte_alphabet, byte_level_engine
 from puna.text.tokenizer import Settings, Tokenizer
 from puna.text.train_tokenizer import CHATML, train_bpe
-from puna.weights.gguf import save_gguf
-from puna.weights.gguf_file import GgufFile
-from puna.weights.gguf_tokenizer import tokenizer_metadata, tokenizer_of
-from puna.weights.gguf_vocabulary import QWEN2_PATTERN
+from puna.weights.gguf.file import GgufFile
+from puna.weights.gguf.model import save_gguf
+from puna.weights.gguf.tokenizer import tokenizer_metadata, tokenizer_of
+from puna.weights.gguf.vocabulary import QWEN2_PATTERN
 
 WORDS = [
     "the",

@@ -27,7 +27,7 @@ from puna.serve.stored import weight_bytes
 from puna.text.tokenizer import Tokenizer
 from puna.weights.export import QuantizedWriter, check_new, check_space
 from puna.weights.fetch import local_folder
-from puna.weights.gguf import save_gguf
+from puna.weights.gguf.model import save_gguf
 from puna.weights.holding import check_format, linear_shapes, stored_bytes
 from puna.weights.importance import read_importance
 from puna.weights.meta import params_of, save_meta

@@ -61,7 +61,7 @@ def stored_quantization(place: Path, spec: Spec) -> dict[str, Any] | None:
 
 
 def _of_gguf(place: Path) -> dict[str, Any]:
-    from puna.weights.gguf import GgufSource
+    from puna.weights.gguf.model import GgufSource
 
     source = GgufSource(place)
     matrices = {name: shape for name, shape in source.shapes.items() if len(shape) == 2}

@@ -15,7 +15,7 @@ from torch import Tensor
 from puna.base.console import PunaError
 from puna.model.spec import Spec
 from puna.ops.formats.gguf import dequantize_gguf
-from puna.weights.gguf_file import GgufFile
+from puna.weights.gguf.file import GgufFile
 from puna.weights.holding import linear_shapes
 from puna.weights.names import GGUF, names_on_disk
 

@@ -16,8 +16,8 @@ from puna.base.storage import read_json
 from puna.model.spec import Spec
 from puna.model.transformer import Transformer
 from puna.text.tokenizer import Tokenizer
-from puna.weights.gguf import GgufSource
-from puna.weights.gguf_vocabulary import tokenizer_of
+from puna.weights.gguf.model import GgufSource
+from puna.weights.gguf.vocabulary import tokenizer_of
 from puna.weights.names import DERIVED, META, halves_from_pairs, names_on_disk
 from puna.weights.quantization import parse_quantization
 from puna.weights.quantized import QuantizedLayers, Shape

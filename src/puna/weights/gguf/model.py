@@ -18,10 +18,10 @@ from puna.model.spec import Spec
 from puna.model.transformer import Transformer
 from puna.ops.formats.gguf import dequantize_gguf, quantize_gguf
 from puna.text.tokenizer import Tokenizer
-from puna.weights.gguf_file import GgufFile, write_gguf
-from puna.weights.gguf_mix import MIXES, mix_named, types_of
-from puna.weights.gguf_spec import read_spec, rope_divisors, write_spec
-from puna.weights.gguf_tokenizer import tokenizer_metadata
+from puna.weights.gguf.file import GgufFile, write_gguf
+from puna.weights.gguf.mix import MIXES, mix_named, types_of
+from puna.weights.gguf.spec import read_spec, rope_divisors, write_spec
+from puna.weights.gguf.tokenizer import tokenizer_metadata
 from puna.weights.names import GGUF, halves_from_pairs, names_on_disk, pairs_from_halves
 
 DIVISORS = "rope_freqs.weight"
@@ -100,7 +100,7 @@ def save_gguf(
     """Write a model as one GGUF file, whole or not at all; memory beyond `read`'s own is one tensor.
 
     read: our parameter name ('layers.0.attn.q_proj.weight') -> its plain tensor of any float dtype. type: a mix of
-    weights.gguf_mix. importance: linear layer ('layers.0.attn.q_proj') -> (D,) >= 0, how much errors in each input
+    gguf.mix. importance: linear layer ('layers.0.attn.q_proj') -> (D,) >= 0, how much errors in each input
     count. Without a tokenizer the file takes token ids only. Errors: PunaError for a shape that llama.cpp does not
     know, a tokenizer it would not follow, a tensor that does not fit the spec or is not finite, a full disk.
     """

@@ -24,7 +24,7 @@ from puna.base.console import PunaError
 from puna.text.sentencepiece import BYTE, CONTROL, NORMAL, SPACE, UNKNOWN, UNUSED, USER_DEFINED, ranked_merges
 from puna.text.tiktoken import byte_alphabet
 from puna.text.tokenizer import Tokenizer
-from puna.weights.gguf_vocabulary import IDS, IGNORES_MERGES, PATTERNS, tokenizer_of
+from puna.weights.gguf.vocabulary import IDS, IGNORES_MERGES, PATTERNS, tokenizer_of
 
 __all__ = ["tokenizer_metadata", "tokenizer_of"]
 
