@@ -121,6 +121,11 @@ def test_without_text(model, tmp_path) -> None:
     assert all(0 < layer["error"] < 0.02 for layer in report["layers"])
     with pytest.raises(PunaError, match="no tokenizer"):
         run_quantize(request(bare, tmp_path / "r"), quiet=True)
+    report = run_quantize(replace(request(model, tmp_path / "s"), eval_tokens=0), quiet=True)
+    assert report["after"] is None  # calibrated, but not judged
+    with pytest.raises(PunaError, match="0 tokens to measure"):
+        asked = replace(request(model, tmp_path / "t"), eval_tokens=0, max_ppl_increase="1%")
+        run_quantize(asked, quiet=True)
 
 
 def test_half_precision_model(model, tokenizer, tmp_path) -> None:

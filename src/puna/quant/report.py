@@ -223,6 +223,8 @@ def text_facts(calibration: Mapping[str, Any]) -> list[tuple[str, str]]:
     c, length = calibration, calibration["seq_len"]
     origin = f"{c['documents']:,} documents, {c['template']}, seed {c['seed']}"
     learned = f"{c['samples']:,} x {length:,} tokens of {origin}; ids sha256 {c['calibration_sha256'][:12]}"
+    if not c["evaluation_tokens"]:
+        return [("calibration", learned)]
     judged = f"{c['evaluation_tokens'] // length:,} x {length:,} tokens, {'bos first' if c['bos'] else 'no bos'}, "
     judged += f"{c['scored_tokens']:,} scored" + (f" ({c['scored_bytes']:,} bytes)" if c["scored_bytes"] else "")
     judged += f"; ids sha256 {c['evaluation_sha256'][:12]}"

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Sequence
+from dataclasses import replace
 
 from puna.base import files
 from puna.base.console import PunaError
@@ -30,7 +31,14 @@ def read_sequences(
     documents = read_contents(calib or (STANDARD_LIBRARY,))
     held = read_contents(evaluation) if evaluation else None
     samples = config.samples if config.needs_calibration else 0
-    return split(documents, tokenizer, samples, config.seq_len, eval_tokens or 2 * config.seq_len, config.seed, held)
+    found = split(documents, tokenizer, samples, config.seq_len, max(1, eval_tokens), config.seed, held)
+    return found if eval_tokens else _without_evaluation(found)
+
+
+def _without_evaluation(text: Sequences) -> Sequences:
+    nothing = text.evaluation_ST[:0]
+    provenance = {**text.provenance, "evaluation_tokens": 0, "evaluation_sha256": None}
+    return replace(text, evaluation_ST=nothing, targets_ST=nothing, bytes_ST=None, provenance=provenance)
 
 
 def read_contents(paths: Sequence[str]) -> list[Document]:

@@ -93,6 +93,10 @@ def quantize(model: str | Path, config: QuantConfig, out: str | Path, **more: An
 def run_quantize(request: Request, quiet: bool = False) -> dict[str, Any]:
     """Do it; the report's figures. Raises PunaError for what cannot be, and for a result worse than was allowed."""
     limit = parse_increase(request.max_ppl_increase) if request.max_ppl_increase else None
+    if limit is not None and not request.eval_tokens:
+        raise PunaError(
+            f"a largest increase of {limit:.3%} was given, and 0 tokens to measure it on", "leave out --eval-tokens 0"
+        )
     keep_freed_memory()  # every batch allocates the same tensors: a fifth of a walk's time on a CPU
     with open_ranks(request.device) as ranks:
         plan = make_plan(request, ranks)
