@@ -44,6 +44,7 @@ def test_overrides_know_both_spellings() -> None:
     assert config.format_of("layers.1.attn.q_proj") == "none"
     assert config.format_of("layers.11.attn.q_proj") == "int8"
     assert config.format_of("lm_head") == "int8"
+    assert QuantConfig(overrides={"*.down_proj": "int8"}) == QuantConfig(overrides=("*.down_proj=int8",))
     assert hf_name("layers.7.attn.o_proj") == "model.layers.7.self_attn.o_proj"
 
 

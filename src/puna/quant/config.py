@@ -50,6 +50,8 @@ class QuantConfig:
     seed: int = knob(0, "of the choice of calibration sequences")
 
     def __post_init__(self) -> None:
+        if isinstance(self.overrides, Mapping):  # {"*.down_proj": "int8"}, as one writes it in Python
+            object.__setattr__(self, "overrides", tuple(f"{name}={text}" for name, text in self.overrides.items()))
         for name, known in (("rounding", ROUNDINGS), ("rescale", RESCALES), ("activations", ACTIVATIONS), ("kv", KV)):
             _check_one_of(name, getattr(self, name), known)
         parse_format(self.weights)
