@@ -79,7 +79,7 @@ def main() -> None:
         shape = "8B, two layers" if options.eight_b else "100M"
         model = make_model(shape, folder)
         runs = (
-            [("int4_gptq", ["--samples", "32", "--eval-tokens", "2048"])]
+            [("int4_gptq", ["--samples", "28", "--eval-tokens", "1024"])]
             if options.eight_b
             else [("int8_wo", []), ("int4_gptq", [])]
         )
