@@ -137,6 +137,16 @@ def test_half_precision_model(model, tokenizer, tmp_path) -> None:
     assert report["reload"]["max_difference"] < 1e-3  # folded norms were chosen among bf16's numbers
 
 
+@pytest.mark.parametrize("format", ["gptq", "gptq_v2", "awq"])
+@pytest.mark.parametrize("weights", ["int4_g32", "int4", "int8"])
+def test_formats_with_fp16_scales_lose_nothing(model, tmp_path, format, weights) -> None:
+    """Codes are chosen for the scales that the file can hold."""
+    if (format, weights) == ("awq", "int8"):
+        pytest.skip("awq holds four bits")
+    asked = replace(request(model, tmp_path / "q", "int4_gptq", weights=weights), format=format)
+    assert run_quantize(asked, quiet=True)["reload"]["max_difference"] < 1e-4
+
+
 def test_worse_than_allowed_is_set_aside(model, tmp_path) -> None:
     asked = replace(request(model, tmp_path / "q", "int4_wo", weights="int2_g32"), max_ppl_increase="0.001%")
     with pytest.raises(PunaError, match=r"set aside in .*q\.rejected: perplexity"):

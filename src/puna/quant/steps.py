@@ -44,6 +44,23 @@ class Done:
     notes: dict[str, list[str]] = field(default_factory=dict)
 
 
+@dataclass(frozen=True)
+class Stored:
+    """What is written with how many bits: codes are chosen for the scales as a file will hold them.
+
+    groups: scales of groups. rows: scales of which there is one per row or fewer, where fp32 costs nothing; but GPTQ
+    and AWQ files hold fp16 alone. norms: their scales are chosen so that the stored norm is exact.
+    """
+
+    groups: torch.dtype = torch.float16
+    rows: torch.dtype = torch.float32
+    norms: torch.dtype = torch.float32
+
+    def scale(self, scheme: Scheme) -> torch.dtype:
+        """Of the scales of a weight in this scheme."""
+        return self.groups if scheme.granularity == "group" else self.rows
+
+
 def first_of(name: str) -> str:
     """The layer under whose name the inputs of `name` are known."""
     return next((first for first, names in INPUTS.items() if name in names), name)
@@ -55,7 +72,7 @@ def plain_rounding(
     formats: Formats,
     config: QuantConfig,
     moments: Mapping[str, Moments],
-    scale_dtype: torch.dtype,
+    stored: Stored,
 ) -> dict[str, QuantizedWeight]:
     """Every layer rounded to nearest: what a method is compared with.
 
@@ -71,14 +88,9 @@ def plain_rounding(
                     f"all {weight.numel():,} numbers of {prefix}{name}.weight are 0",
                     f'the checkpoint is damaged; if it is meant, leave the layer: --override "{prefix}{name}=none"',
                 )
-            packed = round_to_nearest(weight, scheme, stored_scale(scheme, scale_dtype))
+            packed = round_to_nearest(weight, scheme, stored.scale(scheme))
             found[name] = _with_inputs(QuantizedWeight(packed), config, moments.get(first_of(name)))
     return found
-
-
-def stored_scale(scheme: Scheme, scale_dtype: torch.dtype) -> torch.dtype:
-    """What scales are stored in: fp32 where there is one per row, which costs nothing, else the model's 16 bits."""
-    return scale_dtype if scheme.granularity == "group" else torch.float32
 
 
 def _with_inputs(weight: QuantizedWeight, config: QuantConfig, moments: Moments | None) -> QuantizedWeight:
@@ -101,23 +113,19 @@ def quantize_linears(
     config: QuantConfig,
     plain: Mapping[str, QuantizedWeight],
     spec: Spec,
-    norm_dtype: torch.dtype,
-    scale_dtype: torch.dtype,
+    stored: Stored,
 ) -> Done:
-    """Everything the config asks for. `moments` are then those of the rescaled block. `plain`: `plain_rounding`'s.
-
-    norm_dtype: what norms are stored in; their scales are chosen so that the stored norm is exact.
-    """
+    """Everything the config asks for. `moments` are then those of the rescaled block. `plain`: `plain_rounding`'s."""
     done = Done(dict(tensors))
     if config.is_plain:
         done.quantized = dict(plain)
         return done
     if config.rescale != "none":
-        _rescale(done, moments, formats, config, spec, norm_dtype)
+        _rescale(done, moments, formats, config, spec, stored.norms)
     for name, scheme in formats.items():
         if scheme is not None:
             try:
-                done.quantized[name] = _round(done, name, scheme, moments.get(first_of(name)), config, scale_dtype)
+                done.quantized[name] = _round(done, name, scheme, moments.get(first_of(name)), config, stored)
             except PunaError as error:
                 raise PunaError(f"{prefix}{name}: {error}", error.hint) from error
     return done
@@ -164,11 +172,11 @@ def _exact_for(norm_D: Tensor, scale_D: Tensor, dtype: torch.dtype) -> Tensor:
 
 
 def _round(
-    done: Done, name: str, scheme: Scheme, moments: Moments | None, config: QuantConfig, scale_dtype: torch.dtype
+    done: Done, name: str, scheme: Scheme, moments: Moments | None, config: QuantConfig, stored: Stored
 ) -> QuantizedWeight:
     weight_ND = done.tensors[f"{name}.weight"]
     notes = done.notes.setdefault(name, [])
-    scales = stored_scale(scheme, scale_dtype)
+    scales = stored.scale(scheme)
     clip: Tensor | float = 1.0
     if config.clip and scheme.granularity in ("channel", "group") and moments is not None:
         clip = search_clip(weight_ND, scheme, moments.sample_TD)
@@ -196,7 +204,7 @@ def _round(
         weight = replace(weight, threshold=config.outlier_threshold)
     if config.low_rank:
         second_DD = None if moments is None else moments.second_DD
-        up_NR, down_RD = low_rank_error(weight_ND, packed, config.low_rank, second_DD=second_DD, dtype=scale_dtype)
+        up_NR, down_RD = low_rank_error(weight_ND, packed, config.low_rank, second_DD=second_DD, dtype=stored.groups)
         weight = replace(weight, up_NR=up_NR, down_RD=down_RD)
     return weight
 

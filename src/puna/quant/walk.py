@@ -40,7 +40,7 @@ from puna.quant.kv import KVRange
 from puna.quant.moments import Moments, Reduce
 from puna.quant.report import Layer
 from puna.quant.score import Score
-from puna.quant.steps import measure, plain_rounding, quantize_linears
+from puna.quant.steps import Stored, measure, plain_rounding, quantize_linears
 from puna.quant.streams import Stream
 
 Tensors = dict[str, Tensor | QuantizedWeight]
@@ -62,7 +62,7 @@ class Job:
     folder: Path
     device: torch.device
     reduce: Reduce = lambda tensor, how: tensor
-    scale_dtype: torch.dtype = torch.float16
+    stored: Stored = field(default_factory=Stored)
 
 
 @dataclass
@@ -132,12 +132,12 @@ class Walk:
         moments, kv = self._collect(layer, tensors)
         formats = {name: config.scheme_of(f"layers.{layer}.{name}") for inputs in INPUTS.values() for name in inputs}
         with self._clock("rounding"):
-            plain = plain_rounding(f"layers.{layer}.", tensors, formats, config, moments, job.scale_dtype)
+            plain = plain_rounding(f"layers.{layer}.", tensors, formats, config, moments, job.stored)
         self._send(layer, tensors, plain, kv)
         with self._clock(config.rounding if config.rounding != "nearest" else "rounding"):
             done = quantize_linears(
                 f"layers.{layer}.", tensors, moments if self.calibration else {}, formats, config, plain,
-                self.spec, stored["attn_norm.weight"].dtype, job.scale_dtype,
+                self.spec, job.stored,
             )  # fmt: skip
         with self._clock("measuring"):
             self.found.rows += measure(f"layers.{layer}.", tensors, plain, done, moments)
@@ -233,7 +233,7 @@ class Walk:
                 moments["lm_head"].add(self._normed(stream.read(layers, rows), norm.to(self.job.device, torch.float32)))
             moments["lm_head"].merge(self.job.reduce)
         tensors = {"lm_head.weight": head.to(self.job.device, torch.float32)}
-        plain = plain_rounding("", tensors, {"lm_head": scheme}, self.config, moments, self.job.scale_dtype)
+        plain = plain_rounding("", tensors, {"lm_head": scheme}, self.config, moments, self.job.stored)
         self.found.rows += measure("", tensors, plain, None, moments)
         return plain["lm_head"]
 

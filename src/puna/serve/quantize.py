@@ -33,6 +33,7 @@ from puna.quant.figures import parse_increase
 from puna.quant.page import report_page
 from puna.quant.report import Quality, Report
 from puna.quant.score import repaired
+from puna.quant.steps import Stored
 from puna.quant.streams import Stream
 from puna.quant.walk import Job, Outcome, Tensors, Walk
 from puna.serve.calibrate import read_sequences
@@ -134,6 +135,14 @@ class Plan:
     text: Sequences | None
     work: Path
     warnings: list[str]
+    format: str
+
+    @property
+    def stored(self) -> Stored:
+        """What scales and norms are written in: 16 bits as the model's, fp16 wherever the format has nothing else."""
+        if self.format not in (COMPRESSED, OWN):
+            return Stored(torch.float16, torch.float16, self.dtype)
+        return Stored(torch.bfloat16 if self.dtype is torch.bfloat16 else torch.float16, norms=self.dtype)
 
     @property
     def spec(self) -> Spec:
@@ -167,7 +176,8 @@ def make_plan(request: Request, ranks: Ranks) -> Plan:
         text = read_sequences(tokenizer, config, request.calib, request.evaluation, request.eval_tokens)
         warnings = [*warnings, *text.warnings]
     _check_disk(request, forms, reader.spec, text)
-    plan = Plan(reader, tokenizer, config, text, out.with_name(f"{out.name}.partial") / f"walk-{ranks.rank}", warnings)
+    work = out.with_name(f"{out.name}.partial") / f"walk-{ranks.rank}"
+    plan = Plan(reader, tokenizer, config, text, work, warnings, choose_format(request))
     ranks.agree("quantization", json.dumps(_identity(plan)))
     return _with_chosen_bits(request, plan) if config.target_bits else plan
 
@@ -241,9 +251,8 @@ def run_walk(plan: Plan, ranks: Ranks, keep: Callable[[str, Tensors], None]) -> 
         mine = text.calibration_ST[ranks.rank :: ranks.size]
         text = Sequences(mine, text.evaluation_ST[judged], text.targets_ST[judged], bytes_ST)
     _same_job(plan)
-    scales = torch.bfloat16 if plan.dtype is torch.bfloat16 else torch.float16
     read = functools.partial(_whole, plan.reader)
-    job = Job(plan.spec, plan.config, read, text, plan.work, ranks.device, ranks.reduce, scales)
+    job = Job(plan.spec, plan.config, read, text, plan.work, ranks.device, ranks.reduce, plan.stored)
     walk = Walk(job)
     total = sum(rows * columns for rows, columns in linear_shapes(plan.spec).values()) * plan.dtype.itemsize
     if walk.layer:

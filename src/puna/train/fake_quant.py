@@ -29,7 +29,7 @@ from puna.ops.formats.scheme import Scheme
 from puna.parallel.layers import ColumnLinear, RowLinear
 from puna.parallel.plan import cut_dim
 from puna.quant.config import PRESETS, QuantConfig
-from puna.quant.steps import stored_scale
+from puna.quant.steps import Stored
 from puna.train.recipe import QuantSection, Recipe
 
 _PLAIN: dict[str, Any] = {"rounding": "nearest", "rescale": "none", "clip": False, "low_rank": 0,
@@ -51,7 +51,7 @@ def round_trip(x: Tensor, scheme: Scheme) -> Tensor:
 )
 def _round_trip(x_ND: Tensor, *parts: Any) -> Tensor:
     scheme = Scheme(*parts)
-    scales, zeros = rounding.choose_scales(x_ND, scheme, dtype=stored_scale(scheme, torch.float16))
+    scales, zeros = rounding.choose_scales(x_ND, scheme, dtype=Stored().scale(scheme))
     codes_ND = rounding.quantize(x_ND, scheme, scales, zeros)
     return rounding.dequantize(codes_ND, scales, zeros).to(x_ND.dtype)
 
