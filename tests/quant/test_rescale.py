@@ -15,7 +15,7 @@ from puna.ops.formats.fake import fake_quantize
 from puna.ops.formats.scheme import FLOAT8, FLOAT8_TENSOR, FLOAT8_TOKEN, INT8, INT8_TOKEN, Scheme
 from puna.quant import rescale
 from puna.quant.moments import Moments
-from puna.quant.rescale import FOLDS, HEAD_FOLD, apply_scale, awq, shared_heads, smooth
+from puna.quant.rescale import FOLDS, apply_scale, awq, shared_heads, smooth
 
 INT8_STATIC = Scheme(granularity="tensor")
 INT4_G32 = Scheme(4, "int", True, "group", 32)
@@ -144,12 +144,12 @@ def logits(net):
         return net.logits(net(tokens, torch.arange(40), PackedCausal.of([40])))
 
 
-@pytest.mark.parametrize("fold", [*FOLDS, HEAD_FOLD], ids=lambda f: f.producer)
+@pytest.mark.parametrize("fold", FOLDS, ids=lambda f: f.producer)
 @pytest.mark.parametrize("bias", [False, True], ids=["plain", "bias"])
 def test_folds_keep_the_function(fold, bias):
     net = model(qkv_bias=bias, output_bias=bias, mlp_bias=bias, qk_norm=bias)
     before = logits(net)
-    place = net if fold is HEAD_FOLD else net.layers[0]
+    place = net.layers[0]
     tensors = dict(place.state_dict())
     kept = {name: tensor.clone() for name, tensor in tensors.items()}
     width = tensors[f"{fold.consumers[0]}.weight"].shape[1]

@@ -20,8 +20,9 @@ from puna.ops.attention import PackedCausal, RoundedKV
 from puna.quant.config import PRESETS, QuantConfig
 from puna.serve.quantize import Request, choose_config, run_quantize
 from puna.weights.folder import empty_model, load_model, save_model
+from puna.weights.gguf.model import save_gguf
 
-TEXT = (ast.__file__, argparse_file := str(Path(ast.__file__).with_name("argparse.py")))
+TEXT = (ast.__file__, str(Path(ast.__file__).with_name("argparse.py")))
 SMALL = {"samples": 10, "seq_len": 32}
 IDS = list(range(3, 40))
 
@@ -137,12 +138,14 @@ def test_half_precision_model(model, tokenizer, tmp_path) -> None:
     assert report["reload"]["max_difference"] < 1e-3  # folded norms were chosen among bf16's numbers
 
 
-@pytest.mark.parametrize("format", ["gptq", "gptq_v2", "awq"])
-@pytest.mark.parametrize("weights", ["int4_g32", "int4", "int8"])
+HALF_SCALES = [
+    (f, w) for f in ("gptq", "gptq_v2", "awq") for w in ("int4_g32", "int4", "int8") if (f, w) != ("awq", "int8")
+]
+
+
+@pytest.mark.parametrize(("format", "weights"), HALF_SCALES)
 def test_formats_with_fp16_scales_lose_nothing(model, tmp_path, format, weights) -> None:
     """Codes are chosen for the scales that the file can hold."""
-    if (format, weights) == ("awq", "int8"):
-        pytest.skip("awq holds four bits")
     asked = replace(request(model, tmp_path / "q", "int4_gptq", weights=weights), format=format)
     assert run_quantize(asked, quiet=True)["reload"]["max_difference"] < 1e-4
 
@@ -281,9 +284,17 @@ def test_quantized_already_and_tied(model, model_folder, tmp_path) -> None:
     assert "puna convert" in caught.value.hint
     with pytest.raises(PunaError, match="exists"):
         run_quantize(request(model, tmp_path / "q", "int8_wo"), quiet=True)
+    net = load_model(model)
+    weights = dict(net.named_parameters())
+    for kind in ("Q8_0", "F16"):  # a GGUF file of plain numbers is a model like any other
+        save_gguf(tmp_path / f"{kind}.gguf", net.spec, lambda name: weights[name].detach(), None, kind)
+    with pytest.raises(PunaError, match=r"quantized already \(gguf: Q8_0"):
+        run_quantize(replace(request(tmp_path / "Q8_0.gguf", tmp_path / "r", "int8_wo"), eval_tokens=0), quiet=True)
+    run_quantize(replace(request(tmp_path / "F16.gguf", tmp_path / "r", "int8_wo"), eval_tokens=0), quiet=True)
+    load_model(tmp_path / "r")
     if load_model(model_folder).spec.tie_word_embeddings:
         with pytest.raises(PunaError, match="tie_word_embeddings"):
-            run_quantize(request(model_folder, tmp_path / "r", "int8_wo", overrides=("lm_head=int8",)), quiet=True)
+            run_quantize(request(model_folder, tmp_path / "s", "int8_wo", overrides=("lm_head=int8",)), quiet=True)
 
 
 def test_full_disk_is_refused_before_the_work(model, tmp_path, monkeypatch) -> None:

@@ -19,7 +19,9 @@ from puna.base.config import build, knob
 from puna.base.console import PunaError
 from puna.ops.formats.scheme import Scheme
 
-_TEXT = re.compile(r"int(?P<bits>[2-8])(_g(?P<group>\d+))?(?P<asym>_asym)?|fp8(_b(?P<block>\d+)|(?P<tensor>_tensor))?")
+_TEXT = re.compile(
+    r"int(?P<bits>[2-8])(_g(?P<group>[1-9]\d*))?(?P<asym>_asym)?|fp8(_b(?P<block>[1-9]\d*)|(?P<tensor>_tensor))?"
+)
 _EXAMPLES = "int8, int4_g128, int4_g32_asym, int3_g128, int4, fp8, fp8_tensor, fp8_b128 or none"
 CONFIG_FILE = "puna_quant.json"  # beside config.json: {"config": QuantConfig.to_dict(), ...}
 ROUNDINGS = ("nearest", "gptq", "hqq")

@@ -50,7 +50,6 @@ FOLDS = (
     Fold("mlp_norm", ("mlp.gate_proj", "mlp.up_proj")),
     Fold("mlp.up_proj", ("mlp.down_proj",)),
 )
-HEAD_FOLD = Fold("norm", ("lm_head",))  # where the head is not the embedding
 
 
 @dataclass(frozen=True)

@@ -40,6 +40,7 @@ from puna.serve.calibrate import read_sequences
 from puna.serve.ranks import Ranks, open_ranks
 from puna.serve.reload import check_reload
 from puna.serve.speed import available_memory, compare_speed
+from puna.serve.stored import stored_quantization, weight_bytes
 from puna.serve.target_bits import choose_bits
 from puna.text.tokenizer import Tokenizer
 from puna.weights.export import QuantizedWriter, check_new, check_space
@@ -159,9 +160,9 @@ def make_plan(request: Request, ranks: Ranks) -> Plan:
     out = Path(request.out)
     check_new(out)
     reader = WeightReader(request.model)
-    if reader.method is not None:
+    if (there := stored_quantization(local_folder(request.model, state=False), reader.spec)) is not None:
         raise PunaError(
-            f"{request.model} is quantized already ({reader.method})",
+            f"{request.model} is quantized already ({there['method']}: {', '.join(there['formats'])})",
             f"puna convert {request.model} --to hf --out DIR dequantizes it; the original weights are better",
         )
     config = complete(request.config, reader.spec)
@@ -269,7 +270,7 @@ def make_report(request: Request, plan: Plan, outcome: Outcome, folder: Path) ->
         parameters=spec.num_params(), seconds=dict(outcome.seconds), warnings=list(plan.warnings),
         calibration={} if plan.text is None else plan.text.provenance, hardware=describe(), command=request.command,
         version=__version__, date=datetime.now(UTC).isoformat(timespec="seconds"),
-        size_before=_weight_bytes(Path(request.model)), size_after=_weight_bytes(folder),
+        size_before=weight_bytes(local_folder(request.model, state=False)), size_after=weight_bytes(folder),
     )  # fmt: skip
     if outcome.after is not None and outcome.rounded is not None and outcome.after.tokens:
         report.before, report.after = Quality.of_original(outcome.after), Quality.of(outcome.after)
@@ -353,11 +354,6 @@ def _whole(reader: WeightReader, name: str) -> Tensor:
     weight = reader.weight(name)
     assert isinstance(weight, Tensor)
     return weight
-
-
-def _weight_bytes(folder: Path) -> int:
-    endings = (".safetensors", ".bin", ".pth")
-    return sum(file.stat().st_size for file in folder.iterdir() if file.suffix in endings) if folder.is_dir() else 0
 
 
 def _aside(out: Path) -> Path:

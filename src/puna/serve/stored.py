@@ -18,6 +18,7 @@ from puna.quant.config import format_text, hf_name
 from puna.weights.quantization import LayerFormat, parse_quantization
 
 _LINEARS = ("attn.q_proj", "attn.k_proj", "attn.v_proj", "attn.o_proj", "mlp.gate_proj", "mlp.up_proj", "mlp.down_proj")
+_PLAIN_TYPES = {"F32", "F16", "BF16"}
 _ENDINGS = (".safetensors", ".bin", ".pth", ".gguf")
 
 
@@ -60,12 +61,14 @@ def stored_quantization(place: Path, spec: Spec) -> dict[str, Any] | None:
     }
 
 
-def _of_gguf(place: Path) -> dict[str, Any]:
+def _of_gguf(place: Path) -> dict[str, Any] | None:
     from puna.weights.gguf.model import GgufSource
 
     source = GgufSource(place)
     matrices = {name: shape for name, shape in source.shapes.items() if len(shape) == 2}
     types = Counter(source.type_of(name) for name in matrices)
+    if set(types) <= _PLAIN_TYPES:
+        return None
     stored = sum(source.file.tensors[name].bytes for name in matrices)
     bits = 8 * stored / sum(map(prod, matrices.values()))
     return {
