@@ -292,9 +292,9 @@ def test_quantized_already_and_tied(model, model_folder, tmp_path) -> None:
         run_quantize(replace(request(tmp_path / "Q8_0.gguf", tmp_path / "r", "int8_wo"), eval_tokens=0), quiet=True)
     run_quantize(replace(request(tmp_path / "F16.gguf", tmp_path / "r", "int8_wo"), eval_tokens=0), quiet=True)
     load_model(tmp_path / "r")
-    if load_model(model_folder).spec.tie_word_embeddings:
-        with pytest.raises(PunaError, match="tie_word_embeddings"):
-            run_quantize(request(model_folder, tmp_path / "s", "int8_wo", overrides=("lm_head=int8",)), quiet=True)
+    assert load_model(model_folder).spec.tie_word_embeddings
+    with pytest.raises(PunaError, match="tie_word_embeddings"):
+        run_quantize(request(model_folder, tmp_path / "s", "int8_wo", overrides=("lm_head=int8",)), quiet=True)
 
 
 def test_full_disk_is_refused_before_the_work(model, tmp_path, monkeypatch) -> None:
