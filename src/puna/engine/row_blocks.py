@@ -1,0 +1,118 @@
+"""What a sampler asks of long rows, each in about one pass over memory by looking at blocks of 64 tokens.
+
+Shapes: R rows, V vocabulary, B blocks of a row (the last may be shorter), K of the largest. Every function treats its
+rows one by one: the bits of a row's result are the same alone and among others, on any number of threads. torch's own
+argmax, topk and cumsum are several times slower on such rows on a CPU.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import numpy as np
+import torch
+from torch import Tensor
+
+WIDTH = 64  # tokens in a block: few blocks for 128k tokens, few candidates for the 50 largest
+
+
+def pick(x_RV: Tensor, rows: Sequence[int]) -> Tensor:
+    """A copy of some rows."""
+    return x_RV.index_select(0, torch.tensor(rows, device=x_RV.device))
+
+
+def view(x_RV: Tensor, rows: Sequence[int]) -> Tensor:
+    """Some rows, only to be read: no copy of rows in a row."""
+    if rows[-1] - rows[0] == len(rows) - 1:  # they are in ascending order
+        return x_RV[rows[0] : rows[-1] + 1]
+    return pick(x_RV, rows)
+
+
+def block_maxima(x_RV: Tensor) -> Tensor:
+    """The largest of every block (R, B); NaN where a block has one."""
+    whole = x_RV.shape[1] // WIDTH * WIDTH
+    parts = [x_RV[:, :whole].unflatten(1, (-1, WIDTH)).amax(-1)] if whole else []
+    if whole < x_RV.shape[1]:
+        parts.append(x_RV[:, whole:].amax(-1, keepdim=True))
+    return parts[0] if len(parts) == 1 else torch.cat(parts, 1)
+
+
+def block_sums(x_RV: Tensor) -> Tensor:
+    """The sum of every block (R, B) as fp64: within a block in fp32, whose error is that of the terms themselves."""
+    whole = x_RV.shape[1] // WIDTH * WIDTH
+    parts = [x_RV[:, :whole].unflatten(1, (-1, WIDTH)).sum(-1)] if whole else []
+    if whole < x_RV.shape[1]:
+        parts.append(x_RV[:, whole:].sum(-1, keepdim=True))
+    return (parts[0] if len(parts) == 1 else torch.cat(parts, 1)).double()
+
+
+def first_largest(x_RV: Tensor, maxima_RB: Tensor) -> tuple[Tensor, Tensor]:
+    """Values and ids (R,) of the largest entries, of equal ones the lowest id; NaN counts as the largest."""
+    values_R = maxima_RB.amax(-1)
+    inside_R1W, ids_R1W = _take(x_RV, maxima_RB.argmax(-1, keepdim=True), -torch.inf)
+    place_R1 = inside_R1W[:, 0].argmax(-1, keepdim=True)
+    return values_R, ids_R1W[:, 0].gather(1, place_R1)[:, 0]
+
+
+def largest(x_RV: Tensor, maxima_RB: Tensor, k: int) -> tuple[Tensor, Tensor]:
+    """Values and ids (R, k) of the k largest, largest first.
+
+    They lie in the k blocks with the largest maxima: of any other block, k blocks hold something at least as large.
+    """
+    if k * WIDTH * 2 >= x_RV.shape[1]:
+        return x_RV.topk(k)
+    blocks_RK = maxima_RB.topk(k, sorted=False).indices.sort(-1).values
+    values_RKW, ids_RKW = _take(x_RV, blocks_RK, -torch.inf)
+    values_RK, places_RK = values_RKW.flatten(1).topk(k)
+    return values_RK, ids_RKW.flatten(1).gather(1, places_RK)
+
+
+def descending(x_RV: Tensor) -> Tensor:
+    """All values, largest first. numpy's sort of floats is three times torch's on a CPU."""
+    if x_RV.device.type == "cpu":
+        return torch.from_numpy(np.sort(x_RV.numpy(), -1)).flip(-1)
+    return x_RV.sort(-1, descending=True).values
+
+
+def ascending_order(x_RV: Tensor) -> Tensor:
+    """Ids of each row, smallest value first."""
+    if x_RV.device.type == "cpu":
+        return torch.from_numpy(np.argsort(x_RV.numpy(), -1))
+    return x_RV.argsort(-1)
+
+
+def draw(weights_RV: Tensor, uniforms_R: Tensor) -> tuple[Tensor, Tensor]:
+    """Ids (R,) by inverse CDF in the order of the ids, and the total weights (R,), fp64.
+
+    Draws the first token whose cumulated weight exceeds u times the total: one without weight never is. In two stages,
+    a block by its sum, then a token of the block by its share of it; both cumulate in fp64, so the error does not grow
+    with the vocabulary.
+    """
+    sums_RB = block_sums(weights_RV)
+    cdf_RB = sums_RB.cumsum(-1)
+    target_R1 = _below(uniforms_R[:, None] * cdf_RB[:, -1:], cdf_RB[:, -1:])
+    block_R1 = torch.searchsorted(cdf_RB, target_R1, right=True).clamp_max_(cdf_RB.shape[1] - 1)
+    before_R1 = torch.where(block_R1 > 0, cdf_RB.gather(1, (block_R1 - 1).clamp_min(0)), 0.0)
+    share_R1 = (target_R1 - before_R1) / sums_RB.gather(1, block_R1)
+    weights_R1W, ids_R1W = _take(weights_RV, block_R1, 0)
+    inside_RW = weights_R1W[:, 0].double().cumsum(-1)
+    target_R1 = _below(share_R1 * inside_RW[:, -1:], inside_RW[:, -1:])
+    place_R1 = torch.searchsorted(inside_RW, target_R1, right=True).clamp_max_(WIDTH - 1)
+    return ids_R1W[:, 0].gather(1, place_R1)[:, 0], cdf_RB[:, -1]
+
+
+def _below(target: Tensor, total: Tensor) -> Tensor:
+    """u < 1, but u * total may round up to the total, which no token would exceed."""
+    return torch.minimum(target, torch.nextafter(total, torch.zeros_like(total)))
+
+
+def _take(x_RV: Tensor, blocks_RK: Tensor, beyond: float) -> tuple[Tensor, Tensor]:
+    """Values and ids (R, K, 64) of some blocks; `beyond` stands where the last block ends early."""
+    vocab = x_RV.shape[1]
+    ids_RKW = blocks_RK[:, :, None] * WIDTH + torch.arange(WIDTH, device=x_RV.device)
+    if vocab % WIDTH == 0:
+        return x_RV.gather(1, ids_RKW.flatten(1)).view(ids_RKW.shape), ids_RKW
+    inside_RKW = ids_RKW < vocab
+    ids_RKW = ids_RKW.clamp_max_(vocab - 1)
+    values_RKW = x_RV.gather(1, ids_RKW.flatten(1)).view(ids_RKW.shape)
+    return values_RKW.masked_fill_(~inside_RKW, beyond), ids_RKW
