@@ -18,6 +18,7 @@ _HOME = {
     "load_model": "puna.weights.folder",
     "save_model": "puna.weights.folder",
     "SamplingParams": "puna.engine.request",
+    "BeamParams": "puna.engine.beam",
     "LLM": "puna.engine.llm",
     "QuantConfig": "puna.quant.config",
     "quantize": "puna.serve.quantize",
@@ -26,6 +27,7 @@ __all__ = [*_HOME, "__version__", "train"]
 
 if TYPE_CHECKING:
     from puna.base.console import PunaError
+    from puna.engine.beam import BeamParams
     from puna.engine.llm import LLM
     from puna.engine.request import SamplingParams
     from puna.model.spec import Spec

@@ -1,11 +1,14 @@
 from __future__ import annotations
 
+import dataclasses
+
 import pytest
 import torch
 from transformers import AutoModelForCausalLM
 
 import puna
 from puna.base.console import PunaError
+from puna.engine.beam import BeamParams
 from puna.model.spec import Spec
 from puna.ops.attention import PackedCausal
 from puna.weights.folder import empty_model
@@ -96,7 +99,7 @@ def test_eos_ends_an_answer_unless_ignored(llm) -> None:
     free = llm.generate("def ", puna.SamplingParams(**GREEDY, max_tokens=12))[0]
     eos = free.token_ids[3]  # let a token that will come be the end
     ending = puna.LLM.of(llm.model, llm.tokenizer)
-    ending._eos = {eos}
+    ending.engine.eos_ids = {eos}
     answer = ending.generate("def ", puna.SamplingParams(temperature=0, max_tokens=12))[0]
     assert answer.token_ids == free.token_ids[: free.token_ids.index(eos) + 1]
     assert answer.finish_reason == "stop"
@@ -114,9 +117,11 @@ def test_rows_that_pad_the_embedding_are_never_drawn(tokenizer) -> None:
 def test_the_context_is_a_limit(llm) -> None:
     with pytest.raises(PunaError, match="the prompt has 513 tokens, the model's context is 512"):
         llm.generate([5] * 513)
-    full = llm.generate([5] * 510, puna.SamplingParams(**GREEDY, max_tokens=50))[0]
+    with pytest.raises(PunaError, match="510 tokens and max_tokens is 50: 560 together, the limit is 512"):
+        llm.generate([5] * 510, puna.SamplingParams(**GREEDY, max_tokens=50))
+    full = llm.generate([5] * 510, puna.SamplingParams(**GREEDY, max_tokens=None))[0]
     assert full.finish_reason == "length"
-    assert len(full.token_ids) == 3  # positions 510 and 511 are computed, the last draw needs none
+    assert len(full.token_ids) == 2
 
 
 def test_unusable_prompts(llm) -> None:
@@ -150,3 +155,72 @@ def test_bfloat16_and_windows_run(window) -> None:
     model.init_weights()
     output = puna.LLM.of(model, None).generate([1, 2, 3], puna.SamplingParams(**GREEDY, max_tokens=30))[0]
     assert len(output.token_ids) == 30
+
+
+def test_streams_are_read_in_turns_and_closing_one_aborts_it(model_folder) -> None:
+    llm, params = puna.LLM(model_folder), puna.SamplingParams(**GREEDY, max_tokens=9)
+    expected = [llm.generate(prompt, params)[0].text for prompt in ("def ", "class", "return")]
+    first, second, third = (llm.stream(prompt, params) for prompt in ("def ", "class", "return"))
+    texts = ["", ""]
+    next(third)
+    third.close()
+    for _ in range(9):
+        for place, stream in enumerate((first, second)):
+            texts[place] += next(stream)[0]
+    assert texts == expected[:2]
+    assert list(first) == list(second) == []
+    assert not llm.engine.scheduler.has_work
+    assert llm.engine.cache.usage == 0
+
+
+def test_best_of_brings_the_likeliest(llm) -> None:
+    params = puna.SamplingParams(temperature=1.0, seed=5, max_tokens=8, n=6, logprobs=0, ignore_eos=True)
+    every = llm.generate("def ", params)
+    ranked = sorted(every, key=lambda output: -sum(output.logprobs) / len(output.logprobs))
+    best = llm.generate("def ", dataclasses.replace(params, n=2, best_of=6))
+    assert [output.token_ids for output in best] == [output.token_ids for output in ranked[:2]]
+    with pytest.raises(PunaError, match="best_of"):
+        next(llm.stream("def ", dataclasses.replace(params, n=1, best_of=2)))
+
+
+def test_beam_search_equals_transformers(llm, model_folder) -> None:
+    theirs = AutoModelForCausalLM.from_pretrained(model_folder)
+    prompt = llm.tokenizer.encode("def alpha(", bos=True)
+    ids = theirs.generate(
+        torch.tensor([prompt]),
+        max_new_tokens=8,
+        num_beams=4,
+        do_sample=False,
+        num_return_sequences=3,
+        length_penalty=1.0,
+    )
+    ours = llm.beam_search(prompt, BeamParams(4, 8, 3))
+    assert [output.token_ids for output in ours] == [row[len(prompt) :].tolist() for row in ids]
+    assert llm.engine.cache.usage == 0
+
+
+@pytest.mark.parametrize("pooling", ["last", "mean"])
+def test_embeddings_are_the_trainers_hidden_states(llm, pooling) -> None:
+    prompts = ["def ", [1, 2, 3], "class alpha"]
+    vectors = llm.embed(prompts, pooling)
+    for prompt, vector in zip(prompts, vectors, strict=True):
+        ids = llm.encode(prompt)
+        with torch.no_grad():
+            hidden = llm.model(torch.tensor(ids), torch.arange(len(ids)), PackedCausal.of([len(ids)]))
+        expected = hidden[-1] if pooling == "last" else hidden.mean(0)
+        assert vector == pytest.approx((expected / expected.norm()).tolist(), abs=1e-5)
+
+
+def test_each_prompt_may_have_its_own_parameters(llm) -> None:
+    each = [puna.SamplingParams(**GREEDY, max_tokens=n) for n in (2, 5)]
+    assert [len(output.token_ids) for output in llm.generate(["def ", "class"], each)] == [2, 5]
+    with pytest.raises(PunaError, match="2 prompts with 1 parameters"):
+        llm.generate(["def ", "class"], each[:1])
+
+
+def test_nothing_runs_when_one_prompt_cannot(llm) -> None:
+    steps = llm.engine.stats()["steps"]
+    with pytest.raises(PunaError, match="outside the vocabulary"):
+        llm.generate(["def ", [99999]])
+    assert llm.engine.stats()["steps"] == steps
+    assert not llm.engine.has_work

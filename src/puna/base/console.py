@@ -145,19 +145,20 @@ def status(text: str) -> Iterator[None]:
 
 
 @contextmanager
-def progress(total: int, text: str, done: int = 0) -> Iterator[Callable[[int, str], None]]:
-    """A bar over `total` bytes with speed and time left; off a terminal, a plain line every 10 s.
+def progress(total: int, text: str, done: int = 0, unit: str = "bytes") -> Iterator[Callable[[int, str], None]]:
+    """A bar over `total` bytes (or lines, ...) with speed and time left; off a terminal, a plain line every 10 s.
 
-    Yields advance(bytes, note): call it when that many more bytes are done; the note stands beside the speed.
+    Yields advance(number, note): call it when that many more are done; the note stands beside the speed.
     """
     if not sys.stderr.isatty() or not is_main_rank():
-        yield _PlainProgress(total, text, done).advance
+        yield _PlainProgress(total, text, done, unit).advance
         return
     from rich.console import Console
     from rich.progress import BarColumn, DownloadColumn, Progress, TextColumn, TimeRemainingColumn, TransferSpeedColumn
 
     texts = (TextColumn("{task.description}"), TextColumn("{task.fields[note]}"))
-    columns = (texts[0], BarColumn(), DownloadColumn(), TransferSpeedColumn(), TimeRemainingColumn(), texts[1])
+    speed = (DownloadColumn(), TransferSpeedColumn()) if unit == "bytes" else (TextColumn("{task.completed:,.0f}"),)
+    columns = (texts[0], BarColumn(), *speed, TimeRemainingColumn(), texts[1])
     with Progress(*columns, console=Console(stderr=True)) as bar:
         task = bar.add_task(text, total=total, completed=done, note="")
         yield lambda more, note: bar.update(task, advance=more, note=note)
@@ -168,8 +169,8 @@ class _PlainProgress:
 
     SECONDS_BETWEEN_LINES = 10.0
 
-    def __init__(self, total: int, text: str, done: int):
-        self.total, self.text, self.done, self.before = total, text, done, done
+    def __init__(self, total: int, text: str, done: int, unit: str):
+        self.total, self.text, self.done, self.before, self.unit = total, text, done, done, unit
         self.started = self.told = time.monotonic()
 
     def advance(self, more: int, note: str) -> None:
@@ -180,5 +181,7 @@ class _PlainProgress:
         self.told = now
         speed = (self.done - self.before) / (now - self.started)
         left = duration((self.total - self.done) / speed) if speed else "unknown"
-        share = f"{size(self.done)} of {size(self.total)} ({self.done / max(1, self.total):.0%})"
-        say(f"{self.text}: {share}, {speed / 1e6:.1f} MB/s, {note}, {left} left")
+        show = size if self.unit == "bytes" else "{:,}".format
+        share = f"{show(self.done)} of {show(self.total)} ({self.done / max(1, self.total):.0%})"
+        rate = f"{speed / 1e6:.1f} MB/s" if self.unit == "bytes" else f"{speed:.1f} {self.unit}/s"
+        say(f"{self.text}: {share}, {rate}, {note}, {left} left")

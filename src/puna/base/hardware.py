@@ -63,6 +63,16 @@ def _cpu_name() -> str:
     return platform.processor() or platform.machine()
 
 
+def available_memory() -> int:
+    """Bytes that this machine can still give without swapping; a large number where it does not say."""
+    info = Path("/proc/meminfo")
+    if info.exists():
+        for line in info.read_text().splitlines():
+            if line.startswith("MemAvailable:"):
+                return int(line.split()[1]) * 1024
+    return 1 << 50
+
+
 @lru_cache(maxsize=1)
 def keep_freed_memory() -> None:
     """Let the C allocator keep what training frees instead of returning it to the kernel.

@@ -8,8 +8,10 @@ from collections.abc import Callable, Sequence
 import tyro
 
 from puna.base.console import PunaError, table
+from puna.cli.bench import bench_decode, bench_load, bench_prefill, bench_serve
 from puna.cli.corpus import shards_export, shards_import, shards_verify, tokenize, tokenizer_train
-from puna.cli.models import chat, convert, generate, info
+from puna.cli.generation import chat, generate
+from puna.cli.models import convert, info
 from puna.cli.quantize import quantize
 from puna.cli.training import plan, quickstart, train
 
@@ -26,6 +28,10 @@ VERBS: dict[str, Callable[..., None]] = {
     "convert": convert,
     "generate": generate,
     "chat": chat,
+    "bench decode": bench_decode,
+    "bench prefill": bench_prefill,
+    "bench load": bench_load,
+    "bench serve": bench_serve,
     "info": info,
 }
 

@@ -23,7 +23,7 @@ from torch import Tensor
 
 from puna import __version__
 from puna.base.console import PunaError, progress, say, size
-from puna.base.hardware import describe, keep_freed_memory, parse_dtype
+from puna.base.hardware import available_memory, describe, keep_freed_memory, parse_dtype
 from puna.base.storage import read_json, write_json
 from puna.model.spec import Spec
 from puna.ops.formats.scheme import Scheme
@@ -39,7 +39,7 @@ from puna.quant.walk import Job, Outcome, Tensors, Walk
 from puna.serve.calibrate import read_sequences
 from puna.serve.ranks import Ranks, open_ranks
 from puna.serve.reload import check_reload
-from puna.serve.speed import available_memory, compare_speed
+from puna.serve.speed import compare_speed
 from puna.serve.stored import stored_quantization, weight_bytes
 from puna.serve.target_bits import choose_bits
 from puna.text.tokenizer import Tokenizer

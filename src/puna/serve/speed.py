@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import time
 from functools import lru_cache
-from pathlib import Path
 from statistics import median
 
 import torch
@@ -29,16 +28,6 @@ def memory_bandwidth() -> float:
         numbers.sum()
         best = min(best, time.perf_counter() - started)
     return 4 * _PROBE / best
-
-
-def available_memory() -> int:
-    """Bytes that this machine can still give without swapping; a large number where it does not say."""
-    info = Path("/proc/meminfo")
-    if info.exists():
-        for line in info.read_text().splitlines():
-            if line.startswith("MemAvailable:"):
-                return int(line.split()[1]) * 1024
-    return 1 << 50
 
 
 def compare_speed(paths: list[str], dtype: str = "float32", device: str = "cpu") -> tuple[list[Speed], dict[str, str]]:

@@ -8,11 +8,11 @@ from fnmatch import fnmatchcase
 from torch import Tensor
 
 from puna.base.console import PunaError, progress, size
+from puna.base.hardware import available_memory
 from puna.model.spec import Spec
 from puna.quant.allocate import allocate
 from puna.quant.config import QuantConfig, hf_name, parse_format
 from puna.quant.sensitivity import PROBE_TOKENS, candidates, measure_damage
-from puna.serve.speed import available_memory
 from puna.weights.folder import load_model
 from puna.weights.holding import linear_shapes, why_not
 from puna.weights.quantization import layer_format
