@@ -11,7 +11,9 @@ import puna
 from puna.base.console import PunaError
 from puna.engine.engine import Engine
 from puna.engine.options import EngineOptions
+from puna.engine.pace import Pace
 from puna.engine.request import Output, SamplingParams
+from puna.engine.speculative import Proposal, Speculation
 from puna.model.spec import Spec
 from puna.weights.folder import empty_model
 
@@ -103,7 +105,7 @@ def test_aborts_at_any_moment_leave_nothing_behind(model) -> None:
         assert engine.cache.usage == 0
         assert not engine._answers
         assert not engine._requests
-        assert not engine._batcher._places
+        assert not engine._batcher._known
 
 
 def test_an_interrupt_in_the_middle_of_a_step_costs_only_that_step(model, monkeypatch) -> None:
@@ -164,3 +166,44 @@ def test_better_priorities_go_first(model) -> None:
     ids = [engine.add([1, 2, 3], SamplingParams(**GREEDY, max_tokens=2), priority=p) for p in (3, 2, 1)]
     order = [news.request_id for _ in range(6) for news in engine.step() if news.is_last]
     assert order == ids[::-1]
+
+
+class _Drafts:
+    """Proposes given tokens, whatever they are."""
+
+    name, num_grades = "given", 1
+
+    def __init__(self, tokens: list[int]):
+        self.tokens = tokens
+
+    def propose(self, wanted):
+        return [Proposal(self.tokens[:limit]) for _, limit in wanted]
+
+    def forget(self, sequence) -> None:
+        pass
+
+
+class _AlwaysAll(Pace):
+    def length(self, sequence, num_sequences, grade) -> int:
+        return self.max_drafts
+
+
+@pytest.mark.parametrize("is_right", [False, True])
+def test_a_failing_row_behind_a_wrong_draft_is_nobodys_failure(is_right) -> None:
+    spec = Spec.preset("debug").replace(tie_word_embeddings=False)
+    model = empty_model(spec, torch.float32, torch.device("cpu")).eval()
+    model.init_weights(torch.Generator().manual_seed(0))
+    params = SamplingParams(**GREEDY, max_tokens=6)
+    plain = engine_of(model)
+    plain.add([5, 6, 7], params)
+    expected = next(iter(run(plain).values())).token_ids
+    poison = expected[1] if is_right else 300
+    assert poison not in expected[:1] + [5, 6, 7]
+    with torch.no_grad():
+        model.embed[poison] = float("nan")
+    engine = engine_of(model)
+    engine.speculation = Speculation(_Drafts([poison, 1, 2]), 512, _AlwaysAll(3))
+    engine.add([5, 6, 7], params)
+    output = next(iter(run(engine).values()))
+    assert output.token_ids == (expected[:2] if is_right else expected)
+    assert output.finish_reason == ("error" if is_right else "length")

@@ -31,35 +31,42 @@ class Batch:
     adapters_T: np.ndarray | None = None
 
 
+@dataclass(slots=True)
+class _Known:
+    """A running sequence's row of the table, its leading pages there that will not change, the one after them."""
+
+    place: int
+    settled: int = 0
+    tail: int = -1
+
+
 class Batcher:
     """Makes batches; remembers the page table of each running sequence, so that a step copies only what is new."""
 
     def __init__(self, max_num_seqs: int, max_pages: int, page_size: int):
         self._page_size = page_size
         self._tables = np.zeros((max_num_seqs, max_pages), dtype=np.int32)
-        self._places: dict[Sequence, int] = {}  # row of the table
-        self._settled: dict[Sequence, int] = {}  # leading pages in it that will not change
+        self._known: dict[Sequence, _Known] = {}
         self._free = list(range(max_num_seqs - 1, -1, -1))
 
     def forget(self, sequences: Iterable[Sequence]) -> None:
         """These are no longer running (finished, aborted, preempted)."""
         for sequence in sequences:
-            place = self._places.pop(sequence, None)
-            if place is not None:
-                del self._settled[sequence]
-                self._free.append(place)
+            known = self._known.pop(sequence, None)
+            if known is not None:
+                self._free.append(known.place)
 
     def of(self, slices: Many[Slice], adapter_slots: Many[int] | None = None) -> Batch:
         """The arrays of a step. adapter_slots: one per slice; None where no sequence has an adapter."""
         sequences = [part.sequence for part in slices]
-        counts_B = np.fromiter((part.count for part in slices), np.int64, len(slices))
-        begins_B = np.fromiter((part.start for part in slices), np.int64, len(slices))
+        counts_B = np.array([part.count for part in slices])
+        begins_B = np.array([part.start for part in slices])
         starts_B1 = np.zeros(len(slices) + 1, dtype=np.int64)
         counts_B.cumsum(out=starts_B1[1:])
         owner_T = np.repeat(np.arange(len(slices)), counts_B)
         positions_T = np.arange(starts_B1[-1]) - starts_B1[owner_T] + begins_B[owner_T]
         lengths_B = begins_B + counts_B
-        places_B = np.fromiter((self._place(part) for part in slices), np.int64, len(slices))
+        places_B = np.array([self._place(part) for part in slices])
         pages_T = self._tables[places_B[owner_T], positions_T // self._page_size]
         widest = -(-int(lengths_B.max()) // self._page_size)
         adapters = None if adapter_slots is None else np.asarray(adapter_slots, dtype=np.int64)[owner_T]
@@ -77,20 +84,21 @@ class Batcher:
     def _place(self, part: Slice) -> int:
         """The sequence's row in the table, brought up to date."""
         sequence, pages = part.sequence, part.sequence.pages
-        place = self._places.get(sequence)
-        if place is None:
-            place = self._places[sequence] = self._free.pop()
-            self._settled[sequence] = 0
-        first = self._settled[sequence]
-        self._tables[place, first : len(pages)] = pages[first:]
+        known = self._known.get(sequence)
+        if known is None:
+            known = self._known[sequence] = _Known(self._free.pop())
+        first = known.settled
+        if len(pages) - first != 1 or pages[first] != known.tail:  # else it goes on in the page it had
+            self._tables[known.place, first : len(pages)] = pages[first:]
         # What this step fills may be exchanged for an equal page, and pages of refused drafts are given back.
-        self._settled[sequence] = part.start // self._page_size
-        return place
+        known.settled = settled = part.start // self._page_size
+        known.tail = pages[-1] if len(pages) == settled + 1 else -1
+        return known.place
 
 
 def _tokens(slices: Many[Slice], sequences: Many[Sequence], starts_B1: np.ndarray) -> np.ndarray:
     if int(starts_B1[-1]) == len(slices):  # everyone decodes: no slicing
-        return np.fromiter((s.token_ids[part.start] for part, s in zip(slices, sequences, strict=True)), np.int64)
+        return np.array([s.token_ids[part.start] for part, s in zip(slices, sequences, strict=True)])
     found: list[int] = []
     for part, sequence in zip(slices, sequences, strict=True):
         end = part.start + part.count - part.drafts

@@ -30,7 +30,7 @@ from puna.model.transformer import Transformer
 from puna.text.tokenizer import Tokenizer
 
 
-@dataclass(frozen=True, slots=True)
+@dataclass(slots=True)  # not frozen: one is made per answer and step, and that would take three times as long
 class Progress:
     """What a step brought to one answer: text that is sure. `output` is the answer itself, which goes on to grow."""
 
@@ -85,6 +85,7 @@ class Engine:
         self._batcher = Batcher(options.max_num_seqs, -(-self.max_model_len // options.page_size), options.page_size)
         self._answers: dict[Sequence, _Answer] = {}
         self._requests: dict[int, list[Sequence]] = {}
+        self._scored: set[Sequence] = set()  # those whose prompt wants log-probabilities
         self._ended: list[Progress] = []  # between steps: aborted ones, to be told of with the next
         self._next_id = self._thrash = 0
 
@@ -145,6 +146,7 @@ class Engine:
             self._next_id += 1
         self.scheduler.add(sequences)
         self._answers |= answers
+        self._scored.update(sequences if params.prompt_logprobs is not None else ())
         self._requests[request.id] = sequences
         return request.id
 
@@ -181,12 +183,14 @@ class Engine:
         progress = self._take_in(step, draws)
         if self.speculation is not None:
             self.speculation.timed(step.slices, time.perf_counter() - started)
-            self.speculation.propose([part.sequence for part in step.slices if part.draws])
+            self.speculation.propose(
+                [part.sequence for part in step.slices if part.draws and not _is_tried_again(part)]
+            )
         return ended + progress
 
     def _draw(self, step: Step, batch: Batch) -> Draws:
-        outputs = {part.sequence: self._answers[part.sequence].text.output for part in step.slices}
-        if wants_scores(step.slices, outputs):
+        outputs = {part.sequence: self._answers[part.sequence].text.output for part in step.slices if self._scored}
+        if self._scored and wants_scores(step.slices, outputs):
             self.runner.hidden(batch)
             score_prompts(self.runner, step.slices, batch, outputs, self.vocab_size)
             logits_RV = self.runner.logits(batch.rows_R)
@@ -204,23 +208,22 @@ class Engine:
 
     def _take_in(self, step: Step, draws: Draws) -> list[Progress]:
         """Verified tokens to their sequences, text to their readers; whoever is done leaves."""
-        row, drawn, pieces, failed = 0, dict[Sequence, list[int]](), list[tuple[Sequence, str]](), dict[Sequence, str]()
+        row, drawn, news = 0, dict[Sequence, list[int]](), list[tuple[Sequence, _Answer, str, str | None]]()
         for part in step.slices:
             if not part.draws:
                 continue
             sequence, first = part.sequence, row
-            row += 1 + part.drafts
-            tokens = self._verify(part, draws, first)
             answer = self._answers[sequence]
-            reason = draws.failed.get(first + len(tokens)) if len(tokens) <= part.drafts else None
+            row += 1 + part.drafts
+            tokens, error = [draws.token_ids[first]], None
+            if part.drafts or draws.failed:
+                tokens, error = self._verify(part, draws, first)
             piece = self._push(answer.text, tokens, draws, first)
-            drawn[sequence] = tokens[: piece.kept]
-            answer.state.accept(drawn[sequence])
-            pieces.append((sequence, piece.text))
-            if reason is not None and not answer.text.is_finished:
-                failed[sequence] = reason
+            drawn[sequence] = tokens = tokens[: piece.kept]
+            answer.state.accept(tokens)
+            news.append((sequence, answer, piece.text, error))
         self.scheduler.update(step, drawn)
-        return [self._settle(sequence, piece, failed.get(sequence)) for sequence, piece in pieces]
+        return [self._settle(*one) for one in news]
 
     def _push(self, text: AnswerText, tokens: list[int], draws: Draws, first: int) -> Piece:
         if draws.logprobs is None or draws.top_logprobs is None:
@@ -228,24 +231,25 @@ class Engine:
         end = first + len(tokens)
         return text.push(tokens, draws.logprobs[first:end], draws.top_logprobs[first:end])
 
-    def _verify(self, part: Slice, draws: Draws, first: int) -> list[int]:
-        """The tokens this slice brings: none beyond a row that failed."""
-        drawn = draws.token_ids[first : first + 1 + part.drafts]
-        if draws.failed:
-            bad = next((i for i in range(len(drawn)) if first + i in draws.failed), len(drawn))
-            drawn = drawn[:bad]
-            if not drawn:
-                return []
-        if self.speculation is None or not part.drafts:
-            return drawn[:1]
-        return self.speculation.verify(part.sequence, part.sequence.drafts[: len(drawn) - 1], drawn)
+    def _verify(self, part: Slice, draws: Draws, first: int) -> tuple[list[int], str | None]:
+        """The tokens this slice brings, or why there are none.
 
-    def _settle(self, sequence: Sequence, piece: str, error: str | None) -> Progress:
-        output = self._answers[sequence].text.output
-        if error is not None:
-            self.scheduler.finish(sequence, "error", error)
-        elif output.finish_reason is not None:
+        With drafts a failed row says little: a draft may have no numbers, and what attention masks is still multiplied
+        by 0. So only rows before it count, and if there are none the token is computed again, alone.
+        """
+        drawn = draws.token_ids[first : first + 1 + part.drafts]
+        good = next((place for place in range(len(drawn)) if first + place in draws.failed), len(drawn))
+        if not part.drafts or self.speculation is None:
+            return drawn[: min(good, 1)], draws.failed.get(first)
+        drafts = part.sequence.drafts[: part.drafts]
+        return self.speculation.verify(part.sequence, drafts, drawn)[:good] if good else [], None
+
+    def _settle(self, sequence: Sequence, answer: _Answer, piece: str, error: str | None) -> Progress:
+        output = answer.text.output
+        if output.finish_reason is not None:
             self.scheduler.finish(sequence, output.finish_reason)
+        elif error is not None:
+            self.scheduler.finish(sequence, "error", error)
         elif sequence.finish_reason is None:
             return Progress(sequence.request.id, sequence.index, piece, output)
         return self._close(sequence, piece)
@@ -260,6 +264,7 @@ class Engine:
         if all(other not in self._answers for other in siblings):
             del self._requests[sequence.request.id]
         self._batcher.forget([sequence])
+        self._scored.discard(sequence)
         if self.speculation is not None:
             self.speculation.forget(sequence)
         return Progress(sequence.request.id, sequence.index, piece, output, is_last=True)
@@ -320,6 +325,12 @@ class Engine:
             f"({str(pages.keys.dtype).removeprefix('torch.')}): {tokens:,} tokens in pages of {pages.page_size}; "
             f"sequences up to {self.max_model_len:,}"
         )
+
+
+def _is_tried_again(part: Slice) -> bool:
+    """Whether a slice with drafts brought nothing: the next step computes its token without any."""
+    sequence = part.sequence
+    return part.drafts > 0 and sequence.num_computed_tokens == part.start
 
 
 def _drawable(model: Transformer, tokenizer: Tokenizer | None) -> int:
