@@ -19,6 +19,8 @@ from puna.model.spec import Spec
 from puna.model.transformer import Transformer
 from puna.text.tokenizer import Tokenizer
 from puna.weights.fetch import local_folder
+from puna.weights.gguf.model import GgufSource
+from puna.weights.gguf.packed import GgufLayers
 from puna.weights.model_files import ModelFiles, is_gguf, not_plain, open_model, stale_head_error
 from puna.weights.names import HUGGINGFACE, META, halves_from_pairs, names_on_disk
 from puna.weights.quantized import QuantizedLayers
@@ -36,8 +38,10 @@ def load_model(
     """The Transformer of a folder, a GGUF file, a save's URL, or of `preset:NAME` with random weights; in eval mode.
 
     Quantized layers stay packed (`QuantizedLinear`), unless `dequantize`: then they become plain, and how their inputs
-    were rounded is forgotten. `kv_scales` is what the folder says of the KV cache, or None. Holds at most about 1.2x
-    the model in memory while loading. Raises PunaError for anything incomplete.
+    were rounded is forgotten. Those of a GGUF file stay the file's blocks, mapped where their rows are in order; its
+    embedding becomes numbers, and logits of a tied one go through its blocks. `kv_scales` is what the folder says of
+    the KV cache, or None. Holds at most about 1.2x the model in memory while loading. Raises PunaError for anything
+    incomplete.
     """
     dtype = parse_dtype(dtype) if isinstance(dtype, str) else dtype
     device = pick_device(device) if isinstance(device, str) else device
@@ -55,10 +59,11 @@ def load_model(
     files = open_model(folder)
     with torch.device("meta"):
         model = Transformer(files.spec)
-    if files.layers is None:
+    layers = _packed_layers(files, dequantize)
+    if layers is None:
         _fill(model, files, dtype, device)
     else:
-        _fill_quantized(model, files, files.layers, dtype, device, dequantize)
+        _fill_quantized(model, files, layers, dtype, device, dequantize)
     scales = None if files.layers is None else files.layers.kv_scales()
     model.kv_scales = None if scales is None else scales.to(device)  # type: ignore[assignment]
     return model.eval()
@@ -128,15 +133,22 @@ def _fill(model: Transformer, files: ModelFiles, dtype: torch.dtype, device: tor
             raise not_plain(disk, tensor, files.path)
         if source.table is META and ours[disk].endswith(("q_proj.weight", "k_proj.weight")):
             tensor = halves_from_pairs(tensor, model.spec.head_dim)
-        _assign(model, ours[disk], tensor.to(device=device, dtype=dtype, copy=True))
+        _assign(model, ours[disk], _own(tensor, files, dtype, device))
     if tied_head is not None and not torch.equal(tied_head.to(device), model.embed):
         raise stale_head_error(files.path)
+
+
+def _packed_layers(files: ModelFiles, dequantize: bool) -> QuantizedLayers | GgufLayers | None:
+    """The layers that are read as something else than one plain tensor."""
+    if isinstance(files.source, GgufSource) and not dequantize:
+        return GgufLayers(files.source, files.shapes)
+    return files.layers
 
 
 def _fill_quantized(
     model: Transformer,
     files: ModelFiles,
-    layers: QuantizedLayers,
+    layers: QuantizedLayers | GgufLayers,
     dtype: torch.dtype,
     device: torch.device,
     dequantize: bool,
@@ -148,11 +160,16 @@ def _fill_quantized(
         if layer in packed:
             continue
         weight = layers.weight(layer).dequantize() if end == "weight" and layer in layers.formats else files.read(name)
-        _assign(model, name, weight.to(device=device, dtype=dtype, copy=True))
+        _assign(model, name, _own(weight, files, dtype, device))
     for layer in packed:
         bias = files.read(f"{layer}.bias").to(device, dtype, copy=True) if f"{layer}.bias" in files.shapes else None
         parent, _, leaf = layer.rpartition(".")
         setattr(model.get_submodule(parent), leaf, QuantizedLinear(layers.weight(layer), bias, dtype).to(device))
+
+
+def _own(tensor: Tensor, files: ModelFiles, dtype: torch.dtype, device: torch.device) -> Tensor:
+    """The tensor in memory of its own; numbers out of a GGUF file have it already."""
+    return tensor.to(device=device, dtype=dtype, copy=not isinstance(files.source, GgufSource))
 
 
 def _assign(model: nn.Module, name: str, tensor: Tensor) -> None:

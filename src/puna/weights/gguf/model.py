@@ -68,9 +68,12 @@ class GgufSource:
         rows = dequantize_gguf(self.raw(name)[box[0]], self.type_of(name))
         return rows[(slice(None), *box[1:])]
 
+    def in_our_order(self, name: str, rows: Tensor) -> Tensor:
+        """A tensor's rows (numbers or bytes) as Hugging Face orders them; itself if they are so already."""
+        return halves_from_pairs(rows, self.spec.head_dim) if self._is_reordered(name) else rows
+
     def _tensor(self, name: str) -> Tensor:
-        tensor = self._dequantize(name)
-        return halves_from_pairs(tensor, self.spec.head_dim) if self._is_reordered(name) else tensor
+        return self.in_our_order(name, self._dequantize(name))
 
     def _dequantize(self, name: str) -> Tensor:
         return dequantize_gguf(self.raw(name), self.type_of(name))
