@@ -18,12 +18,12 @@ from transformers import (
 )
 
 from puna.base.console import PunaError
-from puna.engine.randomness import stream_key, uniform, uniforms
 from puna.engine.request import SamplingParams
-from puna.engine.row_blocks import block_maxima, descending, draw, first_largest, largest
-from puna.engine.sampler import BatchSampler, Draws, logprobs_of
-from puna.engine.sampling_state import Row, short_width
-from puna.engine.truncation import choices
+from puna.engine.sampling.randomness import stream_key, uniform, uniforms
+from puna.engine.sampling.row_blocks import block_maxima, descending, draw, first_largest, largest
+from puna.engine.sampling.sampler import BatchSampler, Draws, logprobs_of
+from puna.engine.sampling.state import Row, short_width
+from puna.engine.sampling.truncation import choices
 
 
 class Mask:

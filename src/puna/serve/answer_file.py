@@ -1,8 +1,8 @@
 """A file of prompts to a file of answers: the engine kept full, every finished answer on disk, a killed run goes on.
 
 A line of the prompts is a JSON object with `prompt` (text), `prompt_ids` or `messages` (a chat), and, if it likes,
-fields of `SamplingParams` of its own (max_tokens, seed, ...), `adapter`, and `id`, which comes back. Finished lines go to
-OUT.part as they come; when all are there, OUT is written in the order of the prompts and OUT.part goes.
+fields of `SamplingParams` of its own (max_tokens, seed, ...), `adapter`, and `id`, which comes back. Finished lines go
+to OUT.part as they come; when all are there, OUT is written in the order of the prompts and OUT.part goes.
 """
 
 from __future__ import annotations

@@ -15,8 +15,8 @@ import torch
 from torch import Tensor
 
 from puna.engine.request import SamplingParams
-from puna.engine.row_blocks import ascending_order, block_maxima, block_sums, descending, largest, pick
-from puna.engine.sampling_state import short_width
+from puna.engine.sampling.row_blocks import ascending_order, block_maxima, block_sums, descending, largest, pick
+from puna.engine.sampling.state import short_width
 
 _COLDEST = 1e-30  # fp32 cannot divide by much less
 

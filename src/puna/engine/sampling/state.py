@@ -9,8 +9,8 @@ from typing import NamedTuple
 import numpy as np
 
 from puna.base.console import PunaError
-from puna.engine.randomness import stream_key
 from puna.engine.request import SamplingParams
+from puna.engine.sampling.randomness import stream_key
 
 _WIDTHS = (64, 1024)
 

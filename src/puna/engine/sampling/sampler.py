@@ -22,12 +22,12 @@ from dataclasses import dataclass, field
 import torch
 from torch import Tensor
 
-from puna.engine.logit_edits import edit
-from puna.engine.randomness import uniforms
 from puna.engine.request import SamplingParams
-from puna.engine.row_blocks import block_maxima, block_sums, draw, first_largest, largest, pick, view
-from puna.engine.sampling_state import Row, SamplingState, Work
-from puna.engine.truncation import choices
+from puna.engine.sampling.edits import edit
+from puna.engine.sampling.randomness import uniforms
+from puna.engine.sampling.row_blocks import block_maxima, block_sums, draw, first_largest, largest, pick, view
+from puna.engine.sampling.state import Row, SamplingState, Work
+from puna.engine.sampling.truncation import choices
 
 _CHUNK = {"cpu": 1 << 19}  # logits worked on at once: scratch memory, and on a CPU what stays in its cache
 _CHUNK_ELSEWHERE = 1 << 26

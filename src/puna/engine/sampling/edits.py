@@ -13,7 +13,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from puna.engine.sampling_state import Row
+from puna.engine.sampling.state import Row
 
 
 def edit(scores_RV: Tensor, rows: Sequence[Row], failed: dict[int, str]) -> dict[int, str]:

@@ -1,0 +1,1 @@
+"""Rows of logits to tokens: every knob, each row by its own random numbers."""
