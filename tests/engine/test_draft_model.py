@@ -7,13 +7,13 @@ import pytest
 import torch
 
 from puna.base.console import PunaError
-from puna.engine.draft_model import DraftModel, check_vocabulary
-from puna.engine.pace import Pace
 from puna.engine.request import SamplingParams
 from puna.engine.sampling.sampler import BatchSampler
 from puna.engine.sampling.state import Row
 from puna.engine.sequence import Request, Sequence, Status
-from puna.engine.speculative import Speculation
+from puna.engine.speculate.draft_model import DraftModel, check_vocabulary
+from puna.engine.speculate.pace import Pace
+from puna.engine.speculate.speculative import Speculation
 from puna.model.spec import Spec
 from puna.model.transformer import Transformer
 from puna.ops.attention import PackedCausal

@@ -11,9 +11,9 @@ import puna
 from puna.base.console import PunaError
 from puna.engine.engine import Engine
 from puna.engine.options import EngineOptions
-from puna.engine.pace import Pace
 from puna.engine.request import Output, SamplingParams
-from puna.engine.speculative import Proposal, Speculation
+from puna.engine.speculate.pace import Pace
+from puna.engine.speculate.speculative import Proposal, Speculation
 from puna.model.spec import Spec
 from puna.weights.folder import empty_model
 

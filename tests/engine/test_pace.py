@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 
-from puna.engine.pace import Acceptance, StepTime
+from puna.engine.speculate.pace import Acceptance, StepTime
 
 
 def test_step_time_finds_the_two_costs_and_forgives_interruptions() -> None:

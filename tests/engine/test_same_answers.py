@@ -13,9 +13,9 @@ import torch
 
 import puna
 from puna.engine.engine import Engine
-from puna.engine.pace import Pace
 from puna.engine.request import SamplingParams
-from puna.engine.speculative import Proposal, Speculation
+from puna.engine.speculate.pace import Pace
+from puna.engine.speculate.speculative import Proposal, Speculation
 from puna.model.spec import Spec
 from puna.model.transformer import Transformer
 from puna.ops.attention import PackedCausal

@@ -8,7 +8,7 @@ import pytest
 import torch
 
 from puna.base.console import PunaError
-from puna.engine.shard import Part, cut, cut_quantized, load_part, local_kv_heads
+from puna.engine.ranks.shard import Part, cut, cut_quantized, load_part, local_kv_heads
 from puna.model.spec import Spec
 from puna.model.transformer import Transformer
 from puna.ops.formats.layer import QuantizedWeight

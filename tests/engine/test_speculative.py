@@ -7,11 +7,11 @@ from collections.abc import Callable
 
 import pytest
 
-from puna.engine.pace import Pace
 from puna.engine.request import SamplingParams
 from puna.engine.sequence import Request, Sequence, Slice, Status
-from puna.engine.speculative import NGram, Proposal, Speculation
-from puna.engine.suffix import Suffix, SuffixAutomaton
+from puna.engine.speculate.pace import Pace
+from puna.engine.speculate.speculative import NGram, Proposal, Speculation
+from puna.engine.speculate.suffix import Suffix, SuffixAutomaton
 
 Target = Callable[[list[int]], int]
 FIXED, ROW = 1.0, 0.1  # seconds of a step

@@ -16,15 +16,15 @@ from puna.engine.batch import Batch, Batcher
 from puna.engine.kv_cache import KVCache
 from puna.engine.options import EngineOptions
 from puna.engine.prompt_scores import score_prompts, wants_scores
+from puna.engine.ranks.team import Team, lead
 from puna.engine.request import Output, SamplingParams
 from puna.engine.room import make_pages
 from puna.engine.runner import Runner
-from puna.engine.sampler import BatchSampler, Draws
-from puna.engine.sampling_state import Row, SamplingState
+from puna.engine.sampling.sampler import BatchSampler, Draws
+from puna.engine.sampling.state import Row, SamplingState
 from puna.engine.scheduler import Limits, Scheduler, Step
 from puna.engine.sequence import Request, Sequence, Slice
-from puna.engine.speculative import Speculation
-from puna.engine.team import Team, lead
+from puna.engine.speculate.speculative import Speculation
 from puna.model.linear import use_activations
 from puna.model.transformer import Transformer
 from puna.text.tokenizer import Tokenizer

@@ -17,10 +17,10 @@ from puna.engine.beam import BeamParams, beam_search
 from puna.engine.embed import pool
 from puna.engine.engine import Engine, Progress
 from puna.engine.options import EngineOptions
+from puna.engine.ranks.shard import load_part
+from puna.engine.ranks.team import Team
 from puna.engine.request import Output, SamplingParams
-from puna.engine.shard import load_part
-from puna.engine.speculation import make_speculation
-from puna.engine.team import Team
+from puna.engine.speculate.choice import make_speculation
 from puna.model.transformer import Transformer
 from puna.text.tokenizer import Tokenizer
 from puna.weights.fetch import local_folder

@@ -9,7 +9,7 @@ import numpy as np
 from puna.engine.batch import Batch
 from puna.engine.request import Output
 from puna.engine.runner import Runner
-from puna.engine.sampler import logprobs_of
+from puna.engine.sampling.sampler import logprobs_of
 from puna.engine.sequence import Sequence as Answer
 from puna.engine.sequence import Slice
 

@@ -9,7 +9,7 @@ import torch
 from puna.base.console import PunaError, size
 from puna.base.hardware import DTYPES, available_memory
 from puna.engine.options import EngineOptions
-from puna.engine.shard import local_kv_heads
+from puna.engine.ranks.shard import local_kv_heads
 from puna.model.transformer import Transformer
 from puna.ops.formats.kv import KVScales
 from puna.ops.paged import Pages

@@ -10,8 +10,8 @@ from puna.base.console import PunaError, say
 from puna.base.hardware import parse_dtype, pick_device
 from puna.engine.llm import LLM
 from puna.engine.options import EngineOptions
-from puna.engine.shard import Part, load_part
-from puna.engine.team import IDLE, Team, follow
+from puna.engine.ranks.shard import Part, load_part
+from puna.engine.ranks.team import IDLE, Team, follow
 from puna.parallel.degrees import Degrees
 from puna.parallel.launch import Meeting
 from puna.parallel.world import Settings, World, choose_device

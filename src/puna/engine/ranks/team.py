@@ -24,8 +24,8 @@ from puna.base.console import PunaError
 from puna.base.hardware import dtype_name
 from puna.engine.batch import Batch
 from puna.engine.options import EngineOptions
+from puna.engine.ranks.shard import Part, load_part, local_kv_heads
 from puna.engine.runner import Runner
-from puna.engine.shard import Part, load_part, local_kv_heads
 from puna.model.linear import use_activations
 from puna.model.transformer import Transformer
 from puna.ops.paged import Pages
@@ -49,7 +49,15 @@ class Team:
     def spawn(path: str, dtype: torch.dtype, size: int, patience: float = _START) -> Team:
         """Start `size - 1` workers on this machine, for a program that is itself one process, such as a server."""
         store = dist.TCPStore("127.0.0.1", 0, size, True, timedelta(seconds=patience), wait_for_workers=False)
-        command = [sys.executable, "-m", "puna.engine.worker", path, dtype_name(dtype), str(size), str(store.port)]
+        command = [
+            sys.executable,
+            "-m",
+            "puna.engine.ranks.worker",
+            path,
+            dtype_name(dtype),
+            str(size),
+            str(store.port),
+        ]
         environment = os.environ | {"OMP_NUM_THREADS": str(max(1, torch.get_num_threads() // size))}
         workers = [subprocess.Popen([*command, str(rank)], env=environment) for rank in range(1, size)]
         torch.set_num_threads(max(1, torch.get_num_threads() // size))

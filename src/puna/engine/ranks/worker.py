@@ -1,4 +1,4 @@
-"""`python -m puna.engine.worker PATH DTYPE SIZE PORT RANK`: one of the processes that `Team.spawn` starts."""
+"""`python -m puna.engine.ranks.worker PATH DTYPE SIZE PORT RANK`: one of the processes that `Team.spawn` starts."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from puna.base.hardware import parse_dtype
 
 def main(arguments: list[str]) -> int:
     """Join the team; 2 for an error that a person can mend."""
-    from puna.engine.team import join
+    from puna.engine.ranks.team import join
 
     path, dtype, size, port, rank = arguments
     try:

@@ -6,11 +6,11 @@ from pathlib import Path
 
 from puna.base.console import PunaError
 from puna.base.hardware import dtype_name
-from puna.engine.draft_model import DraftModel, check_vocabulary
 from puna.engine.engine import Engine
 from puna.engine.options import EngineOptions
-from puna.engine.speculative import NGram, Proposer, Speculation
-from puna.engine.suffix import Suffix
+from puna.engine.speculate.draft_model import DraftModel, check_vocabulary
+from puna.engine.speculate.speculative import NGram, Proposer, Speculation
+from puna.engine.speculate.suffix import Suffix
 from puna.weights.fetch import local_folder
 from puna.weights.folder import load_model
 from puna.weights.model_files import find_tokenizer

@@ -1,0 +1,1 @@
+"""Tokens proposed ahead, and how many of them pay; the answers stay what they are."""
