@@ -19,7 +19,7 @@ from puna.base.hardware import describe
 from puna.engine.engine import Engine
 from puna.engine.options import EngineOptions
 from puna.engine.request import SamplingParams
-from puna.engine.sampler import Draws
+from puna.engine.sampling.sampler import Draws
 from puna.model.spec import Spec
 from puna.weights.folder import load_model
 

@@ -17,8 +17,8 @@ import torch
 
 from puna.base.console import say, table
 from puna.engine.request import SamplingParams
-from puna.engine.sampler import BatchSampler
-from puna.engine.sampling_state import Row
+from puna.engine.sampling.sampler import BatchSampler
+from puna.engine.sampling.state import Row
 
 KINDS = {
     "greedy": SamplingParams(temperature=0),

@@ -67,15 +67,16 @@ def test_warm_up_leaves_nothing_to_compile() -> None:
 
 
 def test_it_reads_and_writes_pages_like_the_model() -> None:
-    model = model_of(3)
+    model = model_of(2)
     compiled = Compiled(model, "eager")
     found = []
     for forward in (model, compiled):
-        pages = Pages.of(3, 2, 16, 8)
-        for start, rows in ((0, 20), (20, 3), (23, 1)):
+        pages = Pages.of(2, 2, 16, 8)
+        pages.keys.zero_()  # rows that nobody writes are compared as well
+        for start, rows in ((0, 20), (20, 12)):
             attend = PagedCausal.of(pages, [([1, 2], start, rows)], 512)
             with torch.inference_mode():
-                out = forward(torch.arange(rows), torch.arange(start, start + rows), attend)
+                out = forward(torch.arange(rows) * 3, torch.arange(start, start + rows), attend)
         found.append((out, pages.keys[:, 1:3].clone()))
     torch.testing.assert_close(found[0], found[1], rtol=0, atol=1e-5)
 
@@ -107,13 +108,14 @@ def test_a_failing_compiler_is_said_once_and_answers_go_on(capsys) -> None:
     said = capsys.readouterr().err
     assert said.count("torch.compile failed") == 1
     assert "no C++ compiler here" in said
-    assert "long trace" not in compiled.failure
+    assert "long trace" not in said
 
 
 def test_errors_of_the_model_itself_are_not_hidden() -> None:
     compiled = Compiled(model_of(2), "eager")
     with pytest.raises(IndexError), torch.inference_mode():
         compiled(torch.tensor([9999]), torch.tensor([0]), PackedCausal.of([1]))
+    assert not compiled.failure
 
 
 @pytest.mark.slow

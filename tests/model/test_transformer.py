@@ -9,8 +9,9 @@ from transformers import AutoModelForCausalLM, LlamaConfig, MistralConfig, PreTr
 import puna
 from puna.model.spec import Spec
 from puna.model.transformer import Transformer
-from puna.ops.attention import CachedCausal, PackedCausal
+from puna.ops.attention import PackedCausal
 from puna.ops.basic import cross_entropy
+from puna.ops.paged import PagedCausal, Pages
 from puna.weights.folder import hf_state
 
 SHAPE = {
@@ -89,13 +90,13 @@ def test_cached_decoding_equals_full_recomputation(name: str, chunk: int) -> Non
     model = Transformer(spec)
     randomize(model)
     ids_T = torch.randint(0, 96, (64,))
-    cache = torch.zeros(2, spec.num_hidden_layers, spec.num_key_value_heads, 64, spec.head_dim)
+    pages = Pages.of(spec.num_hidden_layers, spec.num_key_value_heads, spec.head_dim, 9, page_size=8)
     pieces = []
     with torch.no_grad():
         full = run(model, ids_T)
         for start in range(0, 64, chunk):
-            attend = CachedCausal(cache[0], cache[1], start, max_len=64)
             piece = ids_T[start : start + chunk]
+            attend = PagedCausal.of(pages, [(range(1, 9), start, len(piece))], max_len=64)
             pieces.append(model.logits(model(piece, torch.arange(start, start + len(piece)), attend)))
     assert (torch.cat(pieces) - full).abs().max() <= 1e-5 * full.abs().max()
 

@@ -3,9 +3,8 @@ from __future__ import annotations
 import pytest
 import torch
 
-from puna.ops.attention import CachedCausal, PackedCausal, RoundedKV, attention_twin, causal_mask
+from puna.ops.attention import PackedCausal, RoundedKV, attention_twin, causal_mask
 from puna.ops.formats.kv import KV_FLOAT8, KV_FLOAT8_HEAD, KV_INT8, KV_INT8_HEAD, KVScales
-from puna.ops.formats.rounding import code_dtype
 from puna.ops.formats.scheme import Scheme
 
 
@@ -30,20 +29,6 @@ def test_equal_neighbours_share_a_run() -> None:
     assert attend.max_len == 4
 
 
-@pytest.mark.parametrize("window", [None, 5])
-@pytest.mark.parametrize("pieces", [[12], [1] * 12, [5, 1, 6], [3, 9]])
-def test_cached_attention_equals_the_twin(window: int | None, pieces: list[int]) -> None:
-    q, k, v = torch.randn(12, 4, 8), torch.randn(12, 2, 8), torch.randn(12, 2, 8)
-    cache = torch.full((2, 1, 2, 16, 8), torch.nan)  # reading what was never written would show
-    outputs, start = [], 0
-    for n in pieces:
-        rows = slice(start, start + n)
-        outputs.append(CachedCausal(cache[0], cache[1], start, 16)(0, q[rows], k[rows], v[rows], window))
-        start += n
-    twin = attention_twin(q, k, v, torch.zeros(12), window)
-    assert torch.allclose(torch.cat(outputs), twin, atol=1e-6)
-
-
 def test_mask_counts_the_window_as_transformers_does() -> None:
     assert causal_mask(4, 4, 2, torch.device("cpu")).int().tolist() == [
         [1, 0, 0, 0], [1, 1, 0, 0], [0, 1, 1, 0], [0, 0, 1, 1]]  # fmt: skip
@@ -62,31 +47,15 @@ def uneven_scales(scheme: Scheme, layers: int, heads: int) -> KVScales:
 
 
 @pytest.mark.parametrize("window", [None, 5])
-@pytest.mark.parametrize("pieces", [[12], [1] * 12, [5, 1, 6]])
 @pytest.mark.parametrize("scheme", EIGHT_BITS, ids=lambda s: f"{s.kind}-{s.granularity}")
-def test_quantized_cache_equals_its_twin(window: int | None, pieces: list[int], scheme: Scheme) -> None:
+def test_rounding_is_attention_over_rounded_keys_and_values(window: int | None, scheme: Scheme) -> None:
     q, k, v = torch.randn(12, 4, 8), torch.randn(12, 2, 8), torch.randn(12, 2, 8)
     scales = uneven_scales(scheme, 2, 2)
-    cache = torch.full((2, 2, 2, 16, 8), 100.0).to(code_dtype(scheme))  # reading what was never written would show
     for layer in range(2):
-        outputs, start = [], 0
-        for n in pieces:
-            rows = slice(start, start + n)
-            attend = CachedCausal(cache[0], cache[1], start, 16, scales)
-            outputs.append(attend(layer, q[rows], k[rows], v[rows], window))
-            start += n
-        twin = RoundedKV(PackedCausal.of([12]), scales)(layer, q, k, v, window)
-        assert (torch.cat(outputs) - twin).abs().max() < 1e-5
-        assert (twin - attention_twin(q, k, v, torch.zeros(12), window)).abs().max() > 1e-3  # something was rounded
-
-
-def test_a_quantized_cache_answers_in_the_dtype_of_the_query() -> None:
-    q, k, v = (torch.randn(3, 2, 8).bfloat16() for _ in range(3))
-    scales = uneven_scales(KV_INT8, 1, 2)
-    cache = torch.zeros(2, 1, 2, 8, 8, dtype=torch.int8)
-    out = CachedCausal(cache[0], cache[1], 0, 8, scales)(0, q, k, v, None)
-    assert out.dtype is torch.bfloat16
-    assert torch.equal(out, RoundedKV(PackedCausal.of([3]), scales)(0, q, k, v, None))
+        found = RoundedKV(PackedCausal.of([12]), scales)(layer, q, k, v, window)
+        expected = attention_twin(q, *scales.round(layer, k, v), torch.zeros(12), window)
+        assert (found - expected).abs().max() < 1e-5
+        assert (found - attention_twin(q, k, v, torch.zeros(12), window)).abs().max() > 1e-3  # something was rounded
 
 
 def test_rounding_hands_on_the_longest_length() -> None:

@@ -13,7 +13,7 @@ from hypothesis import strategies as st
 from torch._subclasses.fake_tensor import FakeTensorMode
 
 from puna.base.console import PunaError
-from puna.ops.attention import CachedCausal, PackedCausal, causal_mask
+from puna.ops.attention import PackedCausal, RoundedKV, causal_mask
 from puna.ops.formats.kv import KV_FLOAT8, KV_FLOAT8_HEAD, KV_INT8, KV_INT8_HEAD, KVScales
 from puna.ops.native import library
 from puna.ops.native import paged as native
@@ -177,15 +177,11 @@ def test_one_chunk_is_packed_attention(path):
 
 
 @pytest.mark.parametrize("cache", ["int8", "float8_head"])
-def test_codes_count_as_in_a_cache_of_one_sequence(path, cache):
+def test_codes_count_as_the_trainers_rounding_says(path, cache):
     scene = Scene([(100, 1)], cache=cache)
-    shape = (LAYERS, 2, 101, 32)
-    keys, values = (torch.empty(shape, dtype=scene.pages.keys.dtype) for _ in range(2))
-    contiguous = CachedCausal(keys, values, 0, 101, scene.scales)
     q, k, v = (part[0] for part in scene.parts)
-    contiguous(1, q[:100], k[:100], v[:100], None)
-    expected = contiguous.moved(100)(1, q[100:], k[100:], v[100:], None)
-    torch.testing.assert_close(scene.attend()[0], expected, rtol=0, atol=1e-6)
+    rounded = RoundedKV(PackedCausal.of([101]), scene.scales)(1, q, k, v, None)
+    torch.testing.assert_close(scene.attend()[0], rounded[100:], rtol=0, atol=1e-6)
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16], ids=str)

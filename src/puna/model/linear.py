@@ -10,8 +10,10 @@ import torch
 from torch import Tensor, nn
 
 from puna.ops import linear as ops
+from puna.ops.formats.gguf_layer import GgufWeight
 from puna.ops.formats.layer import QuantizedWeight
-from puna.ops.packed_linear import Product, choose, product_group
+from puna.ops.gguf_linear import BlockProduct, choose, product_group
+from puna.ops.packed_linear import Product
 
 
 class Linear(nn.Module):
@@ -38,12 +40,15 @@ class QuantizedLinear(nn.Module):
 
     dtype: of the activations. A gradient reaches x through the dequantized weight; weight and bias are constants.
     `.to(dtype)` changes what activations are, never the quantized numbers. Its state is the weight's tensors under the
-    names of `Packed` and `QuantizedWeight`, number for number whatever the kernels keep.
+    names of `Packed` and `QuantizedWeight`, number for number whatever the kernels keep; of a `GgufWeight` its bytes.
     """
 
-    def __init__(self, weight: QuantizedWeight, bias_N: Tensor | None = None, dtype: torch.dtype = torch.float32):
+    def __init__(
+        self, weight: QuantizedWeight | GgufWeight, bias_N: Tensor | None = None, dtype: torch.dtype = torch.float32
+    ):
         super().__init__()
-        self.product: Product = choose(weight, dtype, weight.packed.data.device, bias_N)
+        data = weight.data if isinstance(weight, GgufWeight) else weight.packed.data
+        self.product: Product | BlockProduct = choose(weight, dtype, data.device, bias_N)
 
     def forward(self, x_TK: Tensor) -> Tensor:
         return self.product(x_TK)
@@ -56,7 +61,7 @@ class QuantizedLinear(nn.Module):
         return [layer(x_TK) for layer in layers]
 
     @property
-    def weight(self) -> QuantizedWeight:
+    def weight(self) -> QuantizedWeight | GgufWeight:
         """The quantized weight as it was given."""
         return self.product.weight
 
@@ -84,6 +89,12 @@ class QuantizedLinear(nn.Module):
         """The plain weight (N, K) that stands for this one."""
         return self.weight.dequantize(dtype)
 
+    def rechoose(self, activations: str) -> None:
+        """Have the product computed with activations `exact` or `int8`: see `packed_linear.choose`, and its errors."""
+        here = self.product
+        if activations != here.activations:
+            self.product = choose(here.weight, here.dtype, here.device, here.bias, activations)
+
     def extra_repr(self) -> str:
         outputs, inputs = self.product.shape
         return f"{inputs}, {outputs}, {self.bits_per_weight:.2f} bits, kernel={self.kernel!r}"
@@ -93,8 +104,8 @@ class QuantizedLinear(nn.Module):
         here = self.product
         probe = fn(torch.empty(0, dtype=here.dtype, device=here.device))
         if probe.device != here.device or probe.dtype != here.dtype:
-            bias = here.bias
-            self.product = choose(here.weight, probe.dtype, probe.device, None if bias is None else fn(bias))
+            bias = None if here.bias is None else fn(here.bias)
+            self.product = choose(here.weight, probe.dtype, probe.device, bias, here.activations)
         return self
 
     def _save_to_state_dict(self, destination: dict[str, Any], prefix: str, keep_vars: bool) -> None:
@@ -114,21 +125,26 @@ class QuantizedLinear(nn.Module):
         ]
         if not wrong:
             bias = new.pop("bias", None)
-            self.product = choose(_with_tensors(self.weight, new), self.product.dtype, self.product.device, bias)
+            here = self.product
+            self.product = choose(_with_tensors(here.weight, new), here.dtype, here.device, bias, here.activations)
 
 
 _OF_PACKED = ("data", "scales", "zeros", "group_of_D")
 _OF_WEIGHT = ("input_scale", "up_NR", "down_RD")
 
 
-def _tensors(weight: QuantizedWeight, bias_N: Tensor | None) -> dict[str, Tensor]:
+def _tensors(weight: QuantizedWeight | GgufWeight, bias_N: Tensor | None) -> dict[str, Tensor]:
     """All tensors of a layer by name."""
+    if isinstance(weight, GgufWeight):
+        return {"data": weight.data} | ({} if bias_N is None else {"bias": bias_N})
     found = {name: getattr(weight.packed, name) for name in _OF_PACKED}
     found |= {name: getattr(weight, name) for name in _OF_WEIGHT}
     return {name: tensor for name, tensor in (found | {"bias": bias_N}).items() if tensor is not None}
 
 
-def _with_tensors(weight: QuantizedWeight, tensors: dict[str, Tensor]) -> QuantizedWeight:
+def _with_tensors(weight: QuantizedWeight | GgufWeight, tensors: dict[str, Tensor]) -> QuantizedWeight | GgufWeight:
+    if isinstance(weight, GgufWeight):
+        return dataclasses.replace(weight, data=tensors["data"])
     of_packed: dict[str, Any] = {name: tensors[name] for name in _OF_PACKED if name in tensors}
     of_weight: dict[str, Any] = {name: tensors[name] for name in _OF_WEIGHT if name in tensors}
     return dataclasses.replace(weight, packed=dataclasses.replace(weight.packed, **of_packed), **of_weight)
@@ -137,3 +153,10 @@ def _with_tensors(weight: QuantizedWeight, tensors: dict[str, Tensor]) -> Quanti
 def apply_all(layers: tuple[Linear | QuantizedLinear, ...], x_TK: Tensor) -> list[Tensor]:
     """Every layer's output for one input, the way the first layer's kind does it: all of one kind in one call."""
     return layers[0].forward_all(layers, x_TK)
+
+
+def use_activations(model: nn.Module, activations: str) -> None:
+    """Have all quantized layers of `model` compute with activations `exact` or `int8`; errors as in `choose`."""
+    for layer in model.modules():
+        if isinstance(layer, QuantizedLinear):
+            layer.rechoose(activations)

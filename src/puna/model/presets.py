@@ -30,6 +30,14 @@ def _qwen3(hidden: int, layers: int, heads: int, ffn: int, tied: bool) -> dict[s
             "eos_token_id": 151645}  # fmt: skip
 
 
+def _plain_llama(hidden: int, layers: int, heads: int, kv_heads: int, ffn: int) -> dict[str, Any]:
+    """Llama 2's vocabulary and an untied head, as TinyLlama has them."""
+    return {"model_type": "llama", "vocab_size": 32000, "hidden_size": hidden, "num_hidden_layers": layers,
+            "num_attention_heads": heads, "num_key_value_heads": kv_heads, "intermediate_size": ffn,
+            "rms_norm_eps": 1e-5, "max_position_embeddings": 2048, "tie_word_embeddings": False,
+            "bos_token_id": 1, "eos_token_id": 2}  # fmt: skip
+
+
 def _rope(factor: float) -> dict[str, Any]:
     """Llama 3.1's and 3.2's scaling from 8,192 to 131,072 positions."""
     scaling = {**LLAMA3_ROPE, "factor": factor, "original_max_position_embeddings": 8192}
@@ -52,6 +60,9 @@ META_PRESETS: dict[str, dict[str, Any]] = {
 HF_PRESETS: dict[str, dict[str, Any]] = {
     "qwen3_0.6b": _qwen3(1024, 28, 16, 3072, True),
     "qwen3_8b": _qwen3(4096, 36, 32, 12288, False),
+    # Small enough to measure on a laptop: `puna bench`, benchmarks/engine.py.
+    "bench_134m": _plain_llama(768, 12, 12, 12, 2048),
+    "tinyllama_1.1b": _plain_llama(2048, 22, 32, 4, 5632),
     "debug": {
         "model_type": "llama",
         "vocab_size": 512,

@@ -1,13 +1,13 @@
-"""Who looks at whom: packed causal attention for training, cached causal attention for generation.
+"""Who looks at whom in training: packed causal attention. (`paged`: in the engine.)
 
-Shapes: T tokens, H query heads, G key/value heads (H is a multiple of G), K head width, S cached positions.
+Shapes: T tokens, H query heads, G key/value heads (H is a multiple of G), K head width.
 Both are frozen dataclasses with one method, handed into the model as `attend`.
 """
 
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from functools import lru_cache
 from typing import Protocol
 
@@ -16,10 +16,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from puna.ops.formats.kv import KVScales, quantize_kv
-from puna.ops.formats.rounding import decode
+from puna.ops.formats.kv import KVScales
 from puna.ops.native import attention as native
-from puna.ops.native import token
 
 
 @dataclass(frozen=True)
@@ -91,7 +89,7 @@ class _Attend(Protocol):
 class RoundedKV:
     """Another attention over keys and values as a quantized cache would hold them: the twin of one.
 
-    In evaluation and in calibration's second pass; `CachedCausal` with the same `scales` gives the same outputs.
+    In evaluation and in calibration's second pass; `PagedCausal` over pages with the same scales gives the same.
     """
 
     attend: _Attend
@@ -104,88 +102,6 @@ class RoundedKV:
     def __call__(self, layer: int, q_THK: Tensor, k_TGK: Tensor, v_TGK: Tensor, window: int | None) -> Tensor:
         """Attention output (T, H, K)."""
         return self.attend(layer, q_THK, *self.scales.round(layer, k_TGK, v_TGK), window)
-
-
-@dataclass(frozen=True)
-class CachedCausal:
-    """Causal attention of new tokens over everything cached before them, for one sequence.
-
-    `keys`, `values`: (layers, G, S, K), filled up to `start`; a call writes the new tokens' rows behind that.
-    `max_len` is fixed for a sequence's whole life, so that 'dynamic' rope turns every cached key by the same table.
-    `scales`: keys and values are codes; what is read is one layer's, so no more than that is ever dequantized at once.
-    """
-
-    keys: Tensor
-    values: Tensor
-    start: int
-    max_len: int
-    scales: KVScales | None = None
-
-    def moved(self, start: int) -> CachedCausal:
-        """The same cache with `start` positions filled."""
-        return replace(self, start=start)
-
-    def __call__(self, layer: int, q_THK: Tensor, k_TGK: Tensor, v_TGK: Tensor, window: int | None) -> Tensor:
-        """Write the new keys and values of `layer`, then attend; returns (T, H, K)."""
-        tokens, heads, width = q_THK.shape
-        end = self.start + tokens
-        first = 0 if window is None else max(0, self.start - window + 1)
-        self._write(layer, k_TGK, v_TGK)
-        if tokens == 1 and self.scales is not None:
-            codes = self.keys[layer][:, first:end], self.values[layer][:, first:end]
-            if (out := _one_query_of_codes(q_THK, *codes, self.scales, layer)) is not None:
-                return out
-        k_GSK, v_GSK = self._read(layer, slice(first, end), q_THK.dtype)
-        if tokens == 1:
-            return _one_query(q_THK, k_GSK, v_GSK)
-        mask = causal_mask(tokens, end - first, window, q_THK.device) if first or self.start or window else None
-        out = F.scaled_dot_product_attention(
-            q_THK.transpose(0, 1)[None],
-            k_GSK[None],
-            v_GSK[None],
-            mask,
-            is_causal=mask is None,
-            enable_gqa=heads != k_GSK.shape[0],
-        )
-        return out[0].transpose(0, 1).reshape(tokens, heads, width)
-
-    def _write(self, layer: int, k_TGK: Tensor, v_TGK: Tensor) -> None:
-        rows = slice(self.start, self.start + k_TGK.shape[0])
-        if self.scales is not None:
-            k_TGK = quantize_kv(k_TGK, self.scales.scheme, self.scales.keys[layer])
-            v_TGK = quantize_kv(v_TGK, self.scales.scheme, self.scales.values[layer])
-        self.keys[layer][:, rows] = k_TGK.transpose(0, 1)
-        self.values[layer][:, rows] = v_TGK.transpose(0, 1)
-
-    def _read(self, layer: int, positions: slice, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
-        k_GSK, v_GSK = self.keys[layer][:, positions], self.values[layer][:, positions]
-        if self.scales is None:
-            return k_GSK, v_GSK
-        # A scale stands for a head, and heads come first here: (G, S, K) with (G, 1, 1).
-        k_scale, v_scale = self.scales.keys[layer][:, None, None], self.scales.values[layer][:, None, None]
-        return decode(k_GSK, k_scale).to(dtype), decode(v_GSK, v_scale).to(dtype)
-
-
-def _one_query(q_1HK: Tensor, k_GSK: Tensor, v_GSK: Tensor) -> Tensor:
-    """Attention of a single new token, no mask. In torch the queries that share a kv head go in as rows of one product:
-    nothing is repeated, and in bf16 its kernel is several times faster with more than one row."""
-    if not torch.compiler.is_compiling() and token.serves_query(q_1HK, k_GSK, v_GSK):
-        return token.query(q_1HK, k_GSK, v_GSK)
-    q_GRK = q_1HK.view(k_GSK.shape[0], -1, k_GSK.shape[2])
-    return F.scaled_dot_product_attention(q_GRK[None], k_GSK[None], v_GSK[None]).view(q_1HK.shape)
-
-
-def _one_query_of_codes(q_1HK: Tensor, k_GSK: Tensor, v_GSK: Tensor, scales: KVScales, layer: int) -> Tensor | None:
-    """As `_one_query`, over a cache that is read as it is, one byte a number; None where no kernel does that."""
-    q_scaled = q_1HK.float() * _of_queries(scales.keys[layer], q_1HK)
-    if torch.compiler.is_compiling() or not token.serves_query(q_scaled, k_GSK, v_GSK):
-        return None
-    return (token.query(q_scaled, k_GSK, v_GSK) * _of_queries(scales.values[layer], q_1HK)).to(q_1HK.dtype)
-
-
-def _of_queries(scale: Tensor, q_1HK: Tensor) -> Tensor:
-    """(1,) or (G,) -> (H, 1): each query head's own."""
-    return scale.repeat_interleave(q_1HK.shape[1] // len(scale))[:, None]
 
 
 def causal_mask(queries: int, keys: int, window: int | None, device: torch.device) -> Tensor:

@@ -13,7 +13,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from puna.ops.linear import linear
-from puna.ops.native import token
+from puna.ops.native import norm as native
 
 IGNORE = -100  # a target that is not scored (padding, prompt, document boundary)
 
@@ -28,8 +28,8 @@ def rms_norm(x_TD: Tensor, weight_D: Tensor, eps: float) -> Tensor:
     Shapes: x_TD (..., D), weight_D (D,); returns x's shape and dtype. The mean is taken in fp32 for every dtype: in
     bf16 it would lose about three digits at width 4096. Source: Zhang & Sennrich 2019, arXiv:1910.07467, eq. 4.
     """
-    if not torch.compiler.is_compiling() and token.serves_norm(x_TD, weight_D):
-        return token.norm(x_TD, weight_D, eps)
+    if not torch.compiler.is_compiling() and native.serves_norm(x_TD, weight_D):
+        return native.norm(x_TD, weight_D, eps)
     return F.rms_norm(x_TD, weight_D.shape, weight_D, eps)
 
 

@@ -223,6 +223,14 @@ class TorchInt4:
         y_TN = torch.ops.aten._weight_int4pack_mm_for_cpu(rows, self._data, self._width, self._pairs).to(out)
         return y_TN if self._bias is None else y_TN + self._bias.to(out)
 
+    def without(self, packed: Packed) -> Packed:
+        """`packed`, which came in, less what this packing holds."""
+        return dataclasses.replace(packed, data=packed.data.new_empty(0))
+
+    def canonical(self, rest: Packed) -> Packed:
+        """What came in, from the packing and what `without` left."""
+        return pack(self.codes(rest.shape[1]), rest.scheme, rest.scales, rest.zeros)
+
     def codes(self, inputs: int) -> Tensor:
         """The codes (N, D) again: the product of the identity with scales of 1 and no shift."""
         plain = torch.zeros_like(self._pairs)

@@ -1,7 +1,8 @@
 """The product with a quantized weight: who computes it is chosen once, at load; `QuantizedWeight.product` is the twin.
 
 The kernels are in `packed_kernels` (and `packed_triton` for a GPU). An fp32 model gets exact ones only, so a prompt and
-a generated token agree to the order of an fp32 sum; a bf16 model may get those that compute with bf16 weights.
+a generated token agree to the order of an fp32 sum; a bf16 model may get those that compute with bf16 weights. Whoever
+asks for `activations="int8"` gets `packed_tiles` on a CPU, where there is one for the weight.
 What kernels keep instead of the weight that came in, `Product.weight` turns back, number for number.
 
 `PUNA_PACKED=twin`, `torch` or `native` forces one kind. Shapes: T rows, D inputs, N outputs.
@@ -21,9 +22,9 @@ from torch import Tensor
 
 from puna.base.console import PunaError
 from puna.ops import linear as ops
+from puna.ops import packed_tiles as tiles
 from puna.ops.formats.layer import QuantizedWeight
-from puna.ops.formats.packed import Packed, pack
-from puna.ops.formats.words import words_per_row
+from puna.ops.formats.packed import Packed
 from puna.ops.native import packed as native
 from puna.ops.native.guard import PLAIN, is_watched
 from puna.ops.packed_kernels import (
@@ -42,13 +43,15 @@ from puna.ops.packed_kernels import (
 
 CLASSES = ((8, 1), (32, 16), (1 << 62, 128))  # (most rows of the class, rows it is measured with)
 PROBE = 1 << 19  # weights that a measurement multiplies with
+ACTIVATIONS = ("exact", "int8")
 _FORCED = ("", "twin", "torch", "native")
 
 
 class Product:
     """x W^T + b with a quantized W: callable (..., D) -> (..., N) in x's dtype, differentiable in x.
 
-    name: the kernels for few, some and many rows. nbytes: all that is held.
+    activations: exact, or int8 where that was asked for. nbytes: all that is held. bits_per_weight: of the weight that
+    came in.
     """
 
     def __init__(
@@ -58,19 +61,22 @@ class Product:
         stored: Stored,
         bias_N: Tensor | None,
         kernels: Sequence[Kernel],
+        activations: str = "exact",
     ) -> None:
         self.bias, self.kernels, self.shape, self.dtype = bias_N, tuple(kernels), weight.shape, dtype
-        self._repacked = kernels[0] if isinstance(kernels[0], TorchInt4) else None
+        self.activations, self.bits_per_weight = activations, weight.bits_per_weight
+        self._repacked = kernels[0] if isinstance(kernels[0], TorchInt4 | tiles.Tiles) else None
         self._stored = None if self._repacked else stored
         packed = stored.origin
         if self._repacked is not None:  # what came in is not kept beside what the kernels read
-            packed = dataclasses.replace(packed, data=packed.data.new_empty(0))
+            packed = self._repacked.without(packed)
         self._weight = dataclasses.replace(weight, packed=packed)
 
     @property
     def name(self) -> str:
-        """`native`, or where the number of rows decides `native, dequantize`."""
-        return ", ".join(dict.fromkeys(kernel.name for kernel in self.kernels))
+        """`native`, or where the number of rows decides `native, dequantize`; what is not as asked for says so."""
+        name = ", ".join(dict.fromkeys(kernel.name for kernel in self.kernels))
+        return name if self.activations == "exact" or name == tiles.Tiles.name else f"{name} (exact)"
 
     @property
     def device(self) -> torch.device:
@@ -78,17 +84,10 @@ class Product:
         return self._weight.packed.scales.device
 
     @property
-    def bits_per_weight(self) -> float:
-        """Of the weight that came in."""
-        packed = self._weight.packed
-        kept = 0 if packed.data.numel() else self.shape[0] * words_per_row(self.shape[1], packed.scheme.bits) * 4
-        return 8 * (self._weight.nbytes + kept) / max(1, self.shape[0] * self.shape[1])
-
-    @property
     def goes_native(self) -> bool:
-        """Whether a few rows may go to the native kernel together with other products."""
+        """Whether rows may go to a native kernel together with other products."""
         plain = self._weight.up_NR is None and not self._weight.threshold
-        return plain and isinstance(self.kernels[0], Native)
+        return plain and isinstance(self.kernels[0], Native | tiles.Tiles)
 
     @property
     def nbytes(self) -> int:
@@ -103,7 +102,7 @@ class Product:
         """The quantized weight that came in, number for number; put together anew if the kernels keep another form."""
         packed = self._weight.packed
         if self._repacked is not None:
-            packed = pack(self._repacked.codes(self.shape[1]), packed.scheme, packed.scales, packed.zeros)
+            packed = self._repacked.canonical(packed)
         elif self._stored is not None:
             packed = self._stored.canonical()
         return dataclasses.replace(self._weight, packed=packed)
@@ -153,7 +152,7 @@ class Product:
 
     def __reduce__(self) -> tuple[Any, ...]:
         """Copies and pickles are chosen anew: kernels hold addresses."""
-        return choose, (self.weight, self.dtype, self.device, self.bias)
+        return choose, (self.weight, self.dtype, self.device, self.bias, self.activations)
 
 
 class _ThroughWeight(torch.autograd.Function):
@@ -169,36 +168,50 @@ class _ThroughWeight(torch.autograd.Function):
 
 def product_group(products: Sequence[Product], x_TD: Tensor) -> list[Tensor]:
     """Several products of one x: for a few rows one native call, which wakes the cores once."""
-    grouped = 1 < len(products) <= native.MOST and x_TD.dim() == 2 and 0 < x_TD.shape[0] <= CLASSES[0][0]
+    grouped = 1 < len(products) <= native.MOST and x_TD.dim() == 2 and x_TD.shape[0] > 0
     if grouped and native.takes(x_TD) and not (torch.is_grad_enabled() and x_TD.requires_grad):
-        plain = [product.kernels[0].plain for product in products if product.goes_native]  # type: ignore[attr-defined]
-        if len(plain) == len(products):
+        first = [product.kernels[0] for product in products if product.goes_native]
+        in_tiles = [kernel for kernel in first if isinstance(kernel, tiles.Tiles)]
+        if len(in_tiles) == len(products):
+            return tiles.product_group(in_tiles, x_TD)
+        plain = [kernel.plain for kernel in first if isinstance(kernel, Native)]
+        if len(plain) == len(products) and x_TD.shape[0] <= CLASSES[0][0]:
             return native.product(plain, x_TD, x_TD.dtype)
     return [product(x_TD) for product in products]
 
 
 def choose(
-    weight: QuantizedWeight, dtype: torch.dtype, device: torch.device | str, bias: Tensor | None = None
+    weight: QuantizedWeight,
+    dtype: torch.dtype,
+    device: torch.device | str,
+    bias: Tensor | None = None,
+    activations: str = "exact",
 ) -> Product:
     """The product for activations of `dtype` on `device`: measured once per process for weights of a kind.
 
     The choice is among kernels of one exactness (see above). Without anything to measure (meta or traced tensors) it is
-    the twin. Errors: `PunaError` for a PUNA_PACKED that does not exist or cannot be.
+    the twin. activations: `int8` rounds x (`packed_tiles`) where a kernel does that, else the name says `exact`.
+    Errors: `PunaError` for activations or a PUNA_PACKED that do not exist or cannot be.
     """
+    if activations not in ACTIVATIONS:
+        raise PunaError(f"there are no activations {activations!r}", f"use {' or '.join(ACTIVATIONS)}")
     forced, device = _forced(), torch.device(device)
     weight = to_device(weight, device)
     bias = None if bias is None else bias.detach().to(device)
     if forced == "twin" or device.type == "meta" or type(weight.packed.data) not in PLAIN:
-        return Product(weight, dtype, Stored(weight.packed, weight.packed), bias, [Twin(weight, bias)] * 3)
+        twins = [Twin(weight, bias)] * 3
+        return Product(weight, dtype, Stored(weight.packed, weight.packed), bias, twins, activations)
     kernels_exist = forced != "torch" and (device.type != "cpu" or native.available())
     stored = store(weight.packed) if kernels_exist else Stored(weight.packed, weight.packed)
+    if activations == "int8" and kernels_exist and tiles.serves(stored, weight):
+        return Product(weight, dtype, stored, bias, [tiles.Tiles(stored, bias)] * 3, activations)
     if stored.packed.data.is_cpu and not native.serves(stored.packed):
         stored = Stored(weight.packed, weight.packed)  # no reason to keep it wider
     inner = dataclasses.replace(weight, packed=stored.packed, up_NR=None, down_RD=None)
     candidates = _candidates(stored, inner, bias, dtype, forced)
     names = _fastest(stored, inner, dtype, forced, [kernel.name for kernel in candidates])
     by_name = {kernel.name: kernel for kernel in candidates}
-    return Product(weight, dtype, stored, bias, [by_name[name] for name in names])
+    return Product(weight, dtype, stored, bias, [by_name[name] for name in names], activations)
 
 
 def to_device(weight: QuantizedWeight, device: torch.device) -> QuantizedWeight:

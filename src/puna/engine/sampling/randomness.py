@@ -1,9 +1,21 @@
 """Random numbers that are a function of who draws and when, not of what was drawn before.
 
-A draw's number depends on (seed, answer, position) only: the same in any batch, after a preemption, and for a token
+A draw's numbers depend on (seed, answer, position) only: the same in any batch, after a preemption, and for a token
 that speculation draws ahead of time. The generator is SplitMix64 (Steele, Lea, Flood 2014, "Fast splittable
 pseudorandom number generators"): number i of a stream is mix(key + (i + 1) * GOLDEN), so any i costs the same. Streams
-of different keys begin at random places of one cycle of 2^64.
+of different keys begin at random places of one cycle of 2^64. An answer has a stream of seeds, one a position; a seed
+has a stream of clocks, one a token.
+
+A clock is an exponential number of mean 1. In a race where token i arrives at clock_i / weight_i, token i is the first
+with probability weight_i / sum of weights (the Gumbel-max trick: -log of a clock is a Gumbel number). Two distributions
+that race by the same clocks draw the same token with probability (1 - d) / (1 + d) or more, d their total variation
+(Daliri, Musco, Suresh 2024, arXiv:2408.07978): that is why a draft model draws as its target will.
+
+Clocks come in blocks of 64 tokens: first the smallest of a block, exponential of mean 1/64, and the token that has it,
+any of the 64; the other clocks are later than that by exponential numbers of their own. These are 64 independent
+exponentials (they do not age), but one number bounds them all: a race needs to look at few blocks.
+
+Shapes: R rows, K blocks of a row, W tokens of a block.
 """
 
 from __future__ import annotations
@@ -11,6 +23,10 @@ from __future__ import annotations
 from collections.abc import Sequence
 
 import numpy as np
+import torch
+from torch import Tensor
+
+WIDTH = 64  # tokens in a block: few blocks for 128k tokens, few candidates for the 50 largest
 
 _MASK = 2**64 - 1
 _GOLDEN = 0x9E3779B97F4A7C15  # 2^64 / golden ratio, odd
@@ -31,17 +47,47 @@ def stream_key(seed: int, index: int) -> int:
     return mix(mix(mix(seed) + mix(seed >> 64) * 3 + _GOLDEN) + (index + 1) * _GOLDEN)
 
 
-def uniforms(keys: Sequence[int], positions: Sequence[int]) -> np.ndarray:
-    """A number in (0, 1) for each (key, position), float64 (R,): an odd multiple of 2^-53, so never 0 nor 1."""
-    with np.errstate(over="ignore"):  # arithmetic modulo 2^64
-        x = np.array(keys, np.uint64) + (np.array(positions, np.uint64) + np.uint64(1)) * np.uint64(_GOLDEN)
-        x = (x ^ (x >> np.uint64(30))) * np.uint64(_MIX_1)
-        x = (x ^ (x >> np.uint64(27))) * np.uint64(_MIX_2)
-        x ^= x >> np.uint64(31)
-    return ((x >> np.uint64(12)).astype(np.float64) + 0.5) * 2.0**-52
+def draw_seeds(keys: Sequence[int], positions: Sequence[int], device: torch.device | None = None) -> Tensor:
+    """The 64 bits of each (answer's key, tokens generated before), int64 (R,)."""
+    keys_R = torch.from_numpy(np.array(keys, np.uint64).view(np.int64)).to(device)
+    return _numbers(keys_R, torch.tensor(positions, device=device))
 
 
-def uniform(seed: int, index: int, position: int) -> float:
-    """The number of one draw: answer `index` of a request with `seed`, `position` tokens generated before."""
-    bits = mix(stream_key(seed, index) + (position + 1) * _GOLDEN) >> 12
-    return (bits + 0.5) * 2.0**-52
+def first_clocks(seeds_R: Tensor, blocks_RK: Tensor) -> tuple[Tensor, Tensor]:
+    """The smallest clock of each block, fp64 (R, K), and the id of its token. blocks may be (K,), the same for all."""
+    bits_RK = _numbers(seeds_R[:, None], blocks_RK)
+    return _exponentials(bits_RK).div_(WIDTH), blocks_RK * WIDTH + (bits_RK & (WIDTH - 1))  # they use other bits
+
+
+def clocks(seeds_R: Tensor, blocks_RK: Tensor, ids_RKW: Tensor) -> Tensor:
+    """Clocks of tokens, fp64 (R, K, W), each of which lies in the block of its column."""
+    first_RK, winner_RK = first_clocks(seeds_R, blocks_RK)
+    later_RKW = _exponentials(_numbers(_mixed(seeds_R.clone())[:, None, None], ids_RKW))
+    return later_RKW.masked_fill_(ids_RKW == winner_RK[:, :, None], 0).add_(first_RK[:, :, None])
+
+
+def _exponentials(bits: Tensor) -> Tensor:
+    """-log of an odd multiple of 2^-53 from the upper 52 bits: more than 0, less than 37."""
+    return _shifted(bits, 12).double().add_(0.5).mul_(2.0**-52).log_().neg_()
+
+
+def _numbers(keys: Tensor, places: Tensor) -> Tensor:
+    """Numbers of streams, int64 that wrap around."""
+    return _mixed(keys + (places + 1) * _signed(_GOLDEN))
+
+
+def _mixed(x: Tensor) -> Tensor:
+    """`mix` in place."""
+    x.bitwise_xor_(_shifted(x, 30)).mul_(_signed(_MIX_1))
+    x.bitwise_xor_(_shifted(x, 27)).mul_(_signed(_MIX_2))
+    return x.bitwise_xor_(_shifted(x, 31))
+
+
+def _shifted(x: Tensor, bits: int) -> Tensor:
+    """A shift to the right that brings in zeros: torch's brings in the sign."""
+    return (x >> bits).bitwise_and_(2 ** (64 - bits) - 1)
+
+
+def _signed(x: int) -> int:
+    """The int64 of the same 64 bits."""
+    return x - 2**64 if x >> 63 else x

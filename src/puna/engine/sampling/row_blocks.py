@@ -13,7 +13,9 @@ import numpy as np
 import torch
 from torch import Tensor
 
-WIDTH = 64  # tokens in a block: few blocks for 128k tokens, few candidates for the 50 largest
+from puna.engine.sampling.randomness import WIDTH, clocks, first_clocks
+
+_FIRST_LOOK = 32  # blocks that hold the winner of nearly every race
 
 
 def pick(x_RV: Tensor, rows: Sequence[int]) -> Tensor:
@@ -81,29 +83,38 @@ def ascending_order(x_RV: Tensor) -> Tensor:
     return x_RV.argsort(-1)
 
 
-def draw(weights_RV: Tensor, uniforms_R: Tensor) -> tuple[Tensor, Tensor]:
-    """Ids (R,) by inverse CDF in the order of the ids, and the total weights (R,), fp64.
+def race(weights_RV: Tensor, seeds_R: Tensor) -> Tensor:
+    """Ids (R,): of each row the token whose clock / weight is least, one without weight never (see `randomness`).
 
-    Draws the first token whose cumulated weight exceeds u times the total: one without weight never is. In two stages,
-    a block by its sum, then a token of the block by its share of it; both cumulate in fp64, so the error does not grow
-    with the vocabulary.
+    No token of a block arrives before its smallest clock / its largest weight. Mean number of blocks for which that is
+    earlier than the winner: at most 64, as P = 64 w / (64 w + total) for each. So few clocks of tokens are made.
     """
-    sums_RB = block_sums(weights_RV)
-    cdf_RB = sums_RB.cumsum(-1)
-    target_R1 = _below(uniforms_R[:, None] * cdf_RB[:, -1:], cdf_RB[:, -1:])
-    block_R1 = torch.searchsorted(cdf_RB, target_R1, right=True).clamp_max_(cdf_RB.shape[1] - 1)
-    before_R1 = torch.where(block_R1 > 0, cdf_RB.gather(1, (block_R1 - 1).clamp_min(0)), 0.0)
-    share_R1 = (target_R1 - before_R1) / sums_RB.gather(1, block_R1)
-    weights_R1W, ids_R1W = _take(weights_RV, block_R1, 0)
-    inside_RW = weights_R1W[:, 0].double().cumsum(-1)
-    target_R1 = _below(share_R1 * inside_RW[:, -1:], inside_RW[:, -1:])
-    place_R1 = torch.searchsorted(inside_RW, target_R1, right=True).clamp_max_(WIDTH - 1)
-    return ids_R1W[:, 0].gather(1, place_R1)[:, 0], cdf_RB[:, -1]
+    maxima_RB = block_maxima(weights_RV)
+    bounds_RB = first_clocks(seeds_R, torch.arange(maxima_RB.shape[1], device=seeds_R.device))[0].div_(maxima_RB)
+    return _race_in_blocks(weights_RV, seeds_R, bounds_RB, _FIRST_LOOK)
 
 
-def _below(target: Tensor, total: Tensor) -> Tensor:
-    """u < 1, but u * total may round up to the total, which no token would exceed."""
-    return torch.minimum(target, torch.nextafter(total, torch.zeros_like(total)))
+def _race_in_blocks(weights_RV: Tensor, seeds_R: Tensor, bounds_RB: Tensor, look: int) -> Tensor:
+    """Winners (R,) among the `look` blocks of the earliest bounds; rows that another block might win look further."""
+    num_blocks = bounds_RB.shape[1]
+    near = bounds_RB.topk(min(look + 1, num_blocks), largest=False)
+    blocks_RK = near.indices[:, :look]
+    weights_RKW, ids_RKW = _take(weights_RV, blocks_RK, 0)
+    arrivals_RKW = clocks(seeds_R, blocks_RK, ids_RKW).div_(weights_RKW)
+    first_R, places_R = arrivals_RKW.flatten(1).min(-1)
+    winners_R = ids_RKW.flatten(1).gather(1, places_R[:, None])[:, 0]
+    if look < num_blocks:
+        rest = (near.values[:, look] < first_R).nonzero()[:, 0]
+        if len(rest):
+            winners_R[rest] = _race_in_blocks(weights_RV[rest], seeds_R[rest], bounds_RB[rest], 4 * look)
+    return winners_R
+
+
+def race_among(weights_RC: Tensor, ids_RC: Tensor, seeds_R: Tensor) -> Tensor:
+    """Ids (R,): the winners of a race of these tokens only, by the clocks that they have in any race."""
+    clocks_RC = clocks(seeds_R, ids_RC // WIDTH, ids_RC[:, :, None])[:, :, 0]
+    places_R1 = clocks_RC.div_(weights_RC).argmin(-1, keepdim=True)
+    return ids_RC.gather(1, places_R1)[:, 0]
 
 
 def _take(x_RV: Tensor, blocks_RK: Tensor, beyond: float) -> tuple[Tensor, Tensor]:

@@ -8,7 +8,8 @@ The order of operations, for each row by itself:
 4. top-k, top-p (Holtzman et al. 2020, arXiv:1904.09751), min-p (Nguyen et al. 2024, arXiv:2407.01082), typical (Meister
    et al. 2022, arXiv:2202.00666): the order of transformers; each sees what the one before has left, renormalised.
    Top-k and top-p are thresholds on the logits, so tokens exactly as likely as the last one kept stay too;
-5. one token by inverse CDF in the order of the ids, with the row's own random number (`randomness`).
+5. one token by a race of exponential clocks, the row's own (`randomness`): draws from near distributions by the same
+   clocks are mostly the same token.
 
 What a row gets depends on its logits and its answer alone: the same bits in any batch.
 """
@@ -24,8 +25,8 @@ from torch import Tensor
 
 from puna.engine.request import SamplingParams
 from puna.engine.sampling.edits import edit
-from puna.engine.sampling.randomness import uniforms
-from puna.engine.sampling.row_blocks import block_maxima, block_sums, draw, first_largest, largest, pick, view
+from puna.engine.sampling.randomness import draw_seeds
+from puna.engine.sampling.row_blocks import block_maxima, block_sums, first_largest, largest, pick, view
 from puna.engine.sampling.state import Row, SamplingState, Work
 from puna.engine.sampling.truncation import choices
 
@@ -145,16 +146,14 @@ def _draw_chunk(scores_RV: Tensor, numbers: Sequence[int], rows: Sequence[Row], 
             some_RV = pick(scores_RV, asked)
             _tell(draws, [numbers[place] for place in asked], rows, some_RV, _log_mass(some_RV))
         return
-    drawn = uniforms([row.state.key for row in chunk], [row.position for row in chunk])
-    uniforms_R = torch.from_numpy(drawn).to(scores_RV.device)
+    seeds_R = draw_seeds([row.state.key for row in chunk], [row.position for row in chunk], scores_RV.device)
     for places, choice in choices(scores_RV, [row.state.params for row in chunk], chunk[0].state.short_width):
         some = [numbers[place] for place in places]
-        places_R, total_R = draw(choice.weights_RC, uniforms_R[places])
-        _settle(draws, some, choice.tokens(places_R))
+        _settle(draws, some, choice.draw(seeds_R[places]))
         if asked := _asked_processed(draws, some, rows):
-            log_RC, log_mass_R1 = pick(choice.weights_RC, asked).log_(), pick(total_R[:, None], asked).log()
-            ids_RC = choice.of(asked).ids_RC
-            _tell(draws, [some[place] for place in asked], rows, log_RC, log_mass_R1, ids_RC)
+            weights_RC, ids_RC = choice.of(asked)
+            log_mass_R1 = block_sums(weights_RC).sum(-1, keepdim=True).log()
+            _tell(draws, [some[place] for place in asked], rows, weights_RC.log(), log_mass_R1, ids_RC)
 
 
 def _settle(draws: Draws, numbers: Sequence[int], ids_R: Tensor) -> None:

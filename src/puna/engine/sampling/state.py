@@ -1,4 +1,4 @@
-"""What a sampler knows of one answer: its knobs, its random stream, what was said. No torch."""
+"""What a sampler knows of one answer: its knobs, its random stream, what was said. No tensors."""
 
 from __future__ import annotations
 

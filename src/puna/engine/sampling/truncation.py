@@ -15,7 +15,16 @@ import torch
 from torch import Tensor
 
 from puna.engine.request import SamplingParams
-from puna.engine.sampling.row_blocks import ascending_order, block_maxima, block_sums, descending, largest, pick
+from puna.engine.sampling.row_blocks import (
+    ascending_order,
+    block_maxima,
+    block_sums,
+    descending,
+    largest,
+    pick,
+    race,
+    race_among,
+)
 from puna.engine.sampling.state import short_width
 
 _COLDEST = 1e-30  # fp32 cannot divide by much less
@@ -30,9 +39,11 @@ class Choice(NamedTuple):
     weights_RC: Tensor
     ids_RC: Tensor | None
 
-    def tokens(self, places_R: Tensor) -> Tensor:
-        """Ids (R,) of the tokens at these places."""
-        return places_R if self.ids_RC is None else self.ids_RC.gather(1, places_R[:, None])[:, 0]
+    def draw(self, seeds_R: Tensor) -> Tensor:
+        """A token id of each row (R,), by a race whose clocks do not depend on which tokens are here."""
+        if self.ids_RC is None:
+            return race(self.weights_RC, seeds_R)
+        return race_among(self.weights_RC, self.ids_RC, seeds_R)
 
     def of(self, rows: Sequence[int]) -> Choice:
         """The same for some rows."""

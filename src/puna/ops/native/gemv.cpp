@@ -11,26 +11,21 @@
 //
 // Nothing outside the arrays is read (a prefetch is no read).
 
+#include "products.h"
 #include "vector.h"
 
 namespace {
 
-// The argument of the C functions, laid out as struct.pack("PPPPqqqqii") does: one packed argument crosses from Python a
-// microsecond faster than ten. x (rows, k) with row stride x_stride, w (n, k), bias (n) or null, y (rows, n); k > 0.
-template <typename T> struct Problem {
-    const T *x, *w, *bias;
-    T *y;
-    int64_t rows, n, k, x_stride;
-    int32_t threads, level;
-};
+using Problem = puna::PlainProduct;  // one packed argument crosses from Python a microsecond faster than ten
 
 // The tile y[row : row + ROWS, column : column + COLS]. Loops over ROWS and COLS must unroll: the sums live in registers.
-template <typename T, int LANES, int ROWS, int COLS> INLINE void tile(const Problem<T> &p, int64_t row, int64_t column) {
+template <typename T, typename Y, int LANES, int ROWS, int COLS>
+INLINE void tile(const Problem &p, int64_t row, int64_t column) {
     constexpr int64_t STEP = 2 * LANES;
     const T *x[ROWS], *w[COLS];
     floats<LANES> sum1[ROWS][COLS], sum2[ROWS][COLS];
-    UNROLL for (int r = 0; r < ROWS; r++) x[r] = p.x + (row + r) * p.x_stride;
-    UNROLL for (int c = 0; c < COLS; c++) w[c] = p.w + (column + c) * p.k;
+    UNROLL for (int r = 0; r < ROWS; r++) x[r] = (const T *)p.x + (row + r) * p.x_stride;
+    UNROLL for (int c = 0; c < COLS; c++) w[c] = (const T *)p.w + (column + c) * p.k;
     UNROLL for (int r = 0; r < ROWS; r++)
         UNROLL for (int c = 0; c < COLS; c++) sum1[r][c] = sum2[r][c] = floats<LANES>{};
 
@@ -61,60 +56,60 @@ template <typename T, int LANES, int ROWS, int COLS> INLINE void tile(const Prob
     }
     UNROLL for (int r = 0; r < ROWS; r++)
         UNROLL for (int c = 0; c < COLS; c++) {
-            float y = sum<LANES>(sum1[r][c] + sum2[r][c]) + (p.bias ? widen(p.bias[column + c]) : 0.0f);
-            narrow(y, p.y + (row + r) * p.n + column + c);
+            float y = sum<LANES>(sum1[r][c] + sum2[r][c]) + (p.bias ? widen(((const T *)p.bias)[column + c]) : 0.0f);
+            narrow(y, (Y *)p.y + (row + r) * p.n + column + c);
         }
 }
 
 // All rows of COLS columns. The first tile brings the weights from memory, the others find them in the cache.
-template <typename T, int LANES, int MAX_ROWS, int COLS> INLINE void stripe(const Problem<T> &p, int64_t column) {
+template <typename T, typename Y, int LANES, int MAX_ROWS, int COLS>
+INLINE void stripe(const Problem &p, int64_t column) {
     int64_t row = 0;
     if constexpr (MAX_ROWS == 4)
-        for (; row + 4 <= p.rows; row += 4) tile<T, LANES, 4, COLS>(p, row, column);
-    for (; row + 2 <= p.rows; row += 2) tile<T, LANES, 2, COLS>(p, row, column);
-    if (row < p.rows) tile<T, LANES, 1, COLS>(p, row, column);
+        for (; row + 4 <= p.rows; row += 4) tile<T, Y, LANES, 4, COLS>(p, row, column);
+    for (; row + 2 <= p.rows; row += 2) tile<T, Y, LANES, 2, COLS>(p, row, column);
+    if (row < p.rows) tile<T, Y, LANES, 1, COLS>(p, row, column);
 }
 
-template <typename T, int LANES, int MAX_ROWS> INLINE void stripes(const Problem<T> &p, int64_t begin, int64_t end) {
+template <typename T, typename Y, int LANES, int MAX_ROWS>
+INLINE void stripes(const Problem &p, int64_t begin, int64_t end) {
     int64_t column = begin;
-    for (; column + 2 <= end; column += 2) stripe<T, LANES, MAX_ROWS, 2>(p, column);
-    if (column < end) stripe<T, LANES, MAX_ROWS, 1>(p, column);
+    for (; column + 2 <= end; column += 2) stripe<T, Y, LANES, MAX_ROWS, 2>(p, column);
+    if (column < end) stripe<T, Y, LANES, MAX_ROWS, 1>(p, column);
 }
 
 // One function per level; a tile's sums fill half of its vector registers: 32 in AVX-512 and NEON, 16 in SSE2 and AVX2.
 #if defined(__x86_64__)
-template <typename T> void columns_baseline(const Problem<T> &p, int64_t begin, int64_t end) {
-    stripes<T, 4, 2>(p, begin, end);
+template <typename T, typename Y> void columns_baseline(const Problem &p, int64_t begin, int64_t end) {
+    stripes<T, Y, 4, 2>(p, begin, end);
 }
-template <typename T> AVX2 void columns_avx2(const Problem<T> &p, int64_t begin, int64_t end) {
-    stripes<T, 8, 2>(p, begin, end);
+template <typename T, typename Y> AVX2 void columns_avx2(const Problem &p, int64_t begin, int64_t end) {
+    stripes<T, Y, 8, 2>(p, begin, end);
 }
-template <typename T> AVX512 void columns_avx512(const Problem<T> &p, int64_t begin, int64_t end) {
-    stripes<T, 16, 4>(p, begin, end);
+template <typename T, typename Y> AVX512 void columns_avx512(const Problem &p, int64_t begin, int64_t end) {
+    stripes<T, Y, 16, 4>(p, begin, end);
 }
-template <typename T> auto columns(int level) {
-    return level == 2 ? columns_avx512<T> : level == 1 ? columns_avx2<T> : columns_baseline<T>;
+template <typename T, typename Y> puna::PlainColumns *columns(int level) {
+    return level == 2 ? columns_avx512<T, Y> : level == 1 ? columns_avx2<T, Y> : columns_baseline<T, Y>;
 }
 #else
-template <typename T> void columns_baseline(const Problem<T> &p, int64_t begin, int64_t end) {
-    stripes<T, 4, 4>(p, begin, end);
+template <typename T, typename Y> void columns_baseline(const Problem &p, int64_t begin, int64_t end) {
+    stripes<T, Y, 4, 4>(p, begin, end);
 }
-template <typename T> auto columns(int) { return columns_baseline<T>; }
+template <typename T, typename Y> puna::PlainColumns *columns(int) { return columns_baseline<T, Y>; }
 #endif
 
 // Several products in one parallel region, so that the cores are woken once: q, k and v, or gate and up.
-template <typename T> void gemv(const Problem<T> *problems, int64_t count) {
-    // Shares of about 64 KiB of W: fine enough to be even between the cores, and a matrix below that stays on one core,
-    // where it takes less time than waking the others.
+template <typename T> void gemv(const Problem *problems, int64_t count) {
     constexpr int64_t MOST = 4;
     int64_t share[MOST], last[MOST], shares = 0;
     for (int64_t i = 0; i < count; i++) {
-        const Problem<T> &p = problems[i];
-        share[i] = ((1 << 16) / (p.k * int64_t(sizeof(T))) + 2) / 2 * 2;
+        const Problem &p = problems[i];
+        share[i] = puna::share_of(p.k * int64_t(sizeof(T)));
         last[i] = shares += (p.n + share[i] - 1) / share[i];
     }
     int threads = problems[0].threads;
-    auto work = columns<T>(problems[0].level);
+    auto work = columns<T, T>(problems[0].level);
 #pragma omp parallel for schedule(static) num_threads(threads) if (threads > 1 && shares > 1)
     for (int64_t s = 0; s < shares; s++) {
         int64_t i = 0;
@@ -125,6 +120,10 @@ template <typename T> void gemv(const Problem<T> *problems, int64_t count) {
 }
 
 }  // namespace
+
+puna::PlainColumns *puna::plain_columns(Type type, int level) {
+    return type == BFLOAT16 ? columns<bf16, float>(level) : columns<float, float>(level);
+}
 
 extern "C" {
 
@@ -141,6 +140,6 @@ int puna_cpu_level() {
 }
 
 // One to four products; their level and threads are the first one's.
-void puna_gemv_float32(const Problem<float> *problems, int64_t count) { gemv(problems, count); }
-void puna_gemv_bfloat16(const Problem<bf16> *problems, int64_t count) { gemv(problems, count); }
+void puna_gemv_float32(const Problem *problems, int64_t count) { gemv<float>(problems, count); }
+void puna_gemv_bfloat16(const Problem *problems, int64_t count) { gemv<bf16>(problems, count); }
 }

@@ -13,9 +13,11 @@ from typing import NamedTuple
 PATH = Path(__file__).with_name("_kernels" + (sysconfig.get_config_var("EXT_SUFFIX") or ".so"))
 _FUNCTIONS = (
     "puna_gemv_float32", "puna_gemv_bfloat16", "puna_attention_forward", "puna_attention_backward",
-    "puna_norm_float32", "puna_norm_bfloat16", "puna_query_float32", "puna_query_bfloat16", "puna_query_int8",
-    "puna_query_float8", "puna_fill_batch",
-    "puna_packed_product", "puna_packed_dequantize",
+    "puna_norm_float32", "puna_norm_bfloat16",
+    "puna_fill_batch",
+    "puna_packed_product", "puna_packed_dequantize", "puna_tiles_product", "puna_tiles_pack", "puna_tiles_unpack",
+    "puna_paged_attention", "puna_step",
+    "puna_blocks_product", "puna_blocks_dequantize",
 )  # fmt: skip
 LEVELS = ("baseline", "AVX2", "AVX-512")
 

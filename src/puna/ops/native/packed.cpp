@@ -16,39 +16,16 @@
 
 #include <cstdlib>
 
+#include "products.h"
 #include "vector.h"
 
 namespace {
 
 enum Kind : int32_t { INT4, INT8, FLOAT8 };
-enum Type : int32_t { FLOAT32, BFLOAT16, FLOAT16 };
 enum Rounding : int32_t { KEEP, TO_INT8, TO_FLOAT8 };
 
-// Packed as "PPqqii" + "PPPPPqqqqqfiiiii". x (rows, k) with row stride x_stride, in `type`; y (rows, n) in `out`.
-// codes (n, row_bytes); scales (n / height, k / width) in `scales_are`; zeros alike or null; bias (n) or null; order
-// (k) or null: column k of the codes belongs to x[order[k]]. rounding of x: per row, or by input_scale where not 0.
-struct Problem {
-    const void *x;
-    void *y;
-    int64_t rows, x_stride;
-    int32_t type, out;
-    const uint8_t *codes;
-    const void *scales;
-    const int8_t *zeros;
-    const float *bias;
-    const int32_t *order;
-    int64_t n, k, row_bytes, width, height;
-    float input_scale;
-    int32_t kind, scales_are, rounding, threads, level;
-};
-
-// x as the tiles read it: `x_row` floats a row, zero-padded; `sums` has sum_row floats a row (LANES for each block).
-// Where groups are shorter than a block, lane l of a vector takes scale lane_group[l] of the block's.
-struct Arranged {
-    float *x, *sums;
-    int64_t x_row, sum_row;
-    int32_t lane_group[16];
-};
+using namespace puna;
+using Problem = PackedProduct;
 
 INLINE float half(uint16_t bits) {  // exact for finite numbers; 2^112 shifts the exponent from half's to float's
     uint32_t word = uint32_t(bits & 0x7fff) << 13;
@@ -119,10 +96,11 @@ INLINE int64_t padded(const Problem &p, int64_t lanes) {
     return (p.k + block - 1) / block * block;
 }
 
-template <int LANES> INLINE void arrange(const Problem &p, const Arranged &to, float *row) {
+template <int LANES>
+INLINE void arrange(const Problem &p, const Arranged &to, int64_t first, int64_t last, float *row) {
     int64_t codes = codes_in_word(p), block = codes * LANES;
     memset(row + p.k, 0, size_t(to.x_row - p.k) * sizeof(float));
-    for (int64_t r = 0; r < p.rows; r++) {
+    for (int64_t r = first; r < last; r++) {
         float *x = to.x + r * to.x_row, *sums = to.sums + r * to.sum_row;
         read_row(p, r, row);
         for (int64_t b = 0; b < to.x_row; b += block) {
@@ -362,35 +340,39 @@ INLINE void weight_row(const Problem &p, int64_t column, float *scratch) {
 
 // --- one function per level -----------------------------------------------------------------------------------------
 
-typedef void Arrange(const Problem &, const Arranged &, float *);
-typedef void Columns(const Problem &, const Arranged &, int64_t, int64_t, float *);
-typedef void Row(const Problem &, int64_t, float *);
-struct Level {
-    int lanes;
-    Arrange *arrange;
-    Columns *columns;
-    Row *row;
-};
-
-void arrange_baseline(const Problem &p, const Arranged &a, float *row) { arrange<4>(p, a, row); }
+void arrange_baseline(const Problem &p, const Arranged &a, int64_t first, int64_t last, float *row) {
+    arrange<4>(p, a, first, last, row);
+}
 void columns_baseline(const Problem &p, const Arranged &a, int64_t begin, int64_t end, float *scratch) {
     stripes<4, 2>(p, a, begin, end, scratch);
 }
 void row_baseline(const Problem &p, int64_t column, float *scratch) { weight_row(p, column, scratch); }
 #if defined(__x86_64__)
-AVX2 void arrange_avx2(const Problem &p, const Arranged &a, float *row) { arrange<8>(p, a, row); }
+AVX2 void arrange_avx2(const Problem &p, const Arranged &a, int64_t first, int64_t last, float *row) {
+    arrange<8>(p, a, first, last, row);
+}
 AVX2 void columns_avx2(const Problem &p, const Arranged &a, int64_t begin, int64_t end, float *scratch) {
     stripes<8, 2>(p, a, begin, end, scratch);
 }
 AVX2 void row_avx2(const Problem &p, int64_t column, float *scratch) { weight_row(p, column, scratch); }
-AVX512 void arrange_avx512(const Problem &p, const Arranged &a, float *row) { arrange<16>(p, a, row); }
+AVX512 void arrange_avx512(const Problem &p, const Arranged &a, int64_t first, int64_t last, float *row) {
+    arrange<16>(p, a, first, last, row);
+}
 AVX512 void columns_avx512(const Problem &p, const Arranged &a, int64_t begin, int64_t end, float *scratch) {
     stripes<16, 4>(p, a, begin, end, scratch);
 }
 AVX512 void row_avx512(const Problem &p, int64_t column, float *scratch) { weight_row(p, column, scratch); }
 #endif
 
-Level level(int number) {
+int64_t up(int64_t value, int64_t to) { return (value + to - 1) / to * to; }
+
+constexpr int64_t MOST = 4;
+
+}  // namespace
+
+namespace puna {
+
+PackedLevel packed_level(int number) {
 #if defined(__x86_64__)
     if (number == 2) return {16, arrange_avx512, columns_avx512, row_avx512};
     if (number == 1) return {8, arrange_avx2, columns_avx2, row_avx2};
@@ -398,34 +380,36 @@ Level level(int number) {
     return {4, arrange_baseline, columns_baseline, row_baseline};
 }
 
-int64_t up(int64_t value, int64_t to) { return (value + to - 1) / to * to; }
+Arranged arranged(const Problem &p, int lanes) {
+    int64_t x_row = padded(p, lanes), sum_row = p.zeros ? x_row / codes_in_word(p) : 0;
+    Arranged to{nullptr, nullptr, x_row, sum_row, {}};
+    for (int l = 0; l < lanes; l++) to.lane_group[l] = int32_t(codes_in_word(p) * l / p.width);
+    return to;
+}
+
+int64_t packed_scratch(const Problem &p, int lanes) { return 4 * (p.k / p.width + lanes); }
 
 bool same_input(const Problem &p, const Problem &q) {  // q, k and v read one x: it is laid out once
     return p.x == q.x && p.k == q.k && (p.kind == INT4) == (q.kind == INT4) && p.order == q.order && !q.zeros &&
            p.rounding == q.rounding && p.input_scale == q.input_scale;
 }
 
-constexpr int64_t MOST = 4;
-
-}  // namespace
+}  // namespace puna
 
 extern "C" {
 
 // One to four products of as many rows; level and threads are the first one's. 1: no memory.
 int puna_packed_product(const Problem *problems, int64_t count) {
-    Level with = level(problems[0].level);
+    PackedLevel with = packed_level(problems[0].level);
     Arranged arranged[MOST];
     int64_t share[MOST], last[MOST], shares = 0, room = 0, longest = 0, scratch = 0, threads = problems[0].threads;
     for (int64_t i = 0; i < count; i++) {
         const Problem &p = problems[i];
-        int64_t x_row = padded(p, with.lanes), sum_row = p.zeros ? x_row / codes_in_word(p) : 0;
-        int64_t needs = 4 * (p.k / p.width + with.lanes);
-        arranged[i] = {nullptr, nullptr, x_row, sum_row, {}};
-        for (int l = 0; l < with.lanes; l++) arranged[i].lane_group[l] = int32_t(codes_in_word(p) * l / p.width);
-        room += p.rows * (x_row + sum_row);
-        longest = x_row > longest ? x_row : longest;
-        scratch = needs > scratch ? needs : scratch;
-        share[i] = ((1 << 16) / (p.row_bytes + 1) + 2) / 2 * 2;  // about 64 KiB, as in gemv.cpp
+        arranged[i] = puna::arranged(p, with.lanes);
+        room += p.rows * (arranged[i].x_row + arranged[i].sum_row);
+        longest = arranged[i].x_row > longest ? arranged[i].x_row : longest;
+        scratch = packed_scratch(p, with.lanes) > scratch ? packed_scratch(p, with.lanes) : scratch;
+        share[i] = share_of(p.row_bytes);
         last[i] = shares += (p.n + share[i] - 1) / share[i];
     }
     // Cores write their scratch all the time: each on its own cache lines.
@@ -442,7 +426,7 @@ int puna_packed_product(const Problem *problems, int64_t count) {
         }
         arranged[i].x = next, arranged[i].sums = next + p.rows * arranged[i].x_row;
         next += p.rows * (arranged[i].x_row + arranged[i].sum_row);
-        with.arrange(p, arranged[i], memory + room);
+        with.arrange(p, arranged[i], 0, p.rows, memory + room);
     }
     float *scratches = memory + up(room + longest, 16);
 #pragma omp parallel for schedule(static) num_threads(parts) if (parts > 1)
@@ -461,7 +445,7 @@ int puna_packed_product(const Problem *problems, int64_t count) {
 // Rows `rows` to n - 1 of the weight as numbers into y, in `out`. 1: no memory.
 int puna_packed_dequantize(const Problem *problem) {
     const Problem &p = *problem;
-    Level with = level(p.level);
+    PackedLevel with = packed_level(p.level);
     int64_t nibbles = p.kind == INT4 ? p.row_bytes / 2 : 0;  // in floats
     int64_t scratch = up(2 * (p.k / p.width + 4) + nibbles, 16), count = p.n - p.rows;
     int64_t parts = count * p.k < (1 << 15) ? 1 : p.threads < count ? p.threads : count;
