@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 
 import numpy as np
@@ -19,8 +20,8 @@ from transformers import (
 
 from puna.base.console import PunaError
 from puna.engine.request import SamplingParams
-from puna.engine.sampling.randomness import stream_key, uniform, uniforms
-from puna.engine.sampling.row_blocks import block_maxima, descending, draw, first_largest, largest
+from puna.engine.sampling.randomness import clocks, draw_seeds, first_clocks, mix, stream_key
+from puna.engine.sampling.row_blocks import block_maxima, descending, first_largest, largest, race, race_among
 from puna.engine.sampling.sampler import BatchSampler, Draws, logprobs_of
 from puna.engine.sampling.state import Row, short_width
 from puna.engine.sampling.truncation import choices
@@ -206,29 +207,38 @@ def test_draws_follow_the_definition(knobs: dict) -> None:
     assert torch.special.gammaincc(freedom / 2, chi_square.float() / 2) > 1e-4
 
 
+def seeds_of(rows: int, seed: int = 0) -> torch.Tensor:
+    return draw_seeds([stream_key(seed, index) for index in range(rows)], [5] * rows)
+
+
+def all_clocks(seeds_R: torch.Tensor, vocab: int) -> torch.Tensor:
+    ids_RV = torch.arange(vocab).expand(len(seeds_R), -1)
+    return clocks(seeds_R[:, None], ids_RV, *first_clocks(seeds_R, ids_RV // 64))
+
+
+def splitmix(key: int, number: int) -> float:
+    """Number of a stream as an exponential, in plain Python."""
+    return -math.log(((mix(key + (number + 1) * 0x9E3779B97F4A7C15) >> 12) + 0.5) * 2.0**-52)
+
+
+@pytest.mark.parametrize("shape", ["flat", "peaked", "one", "sparse"])
 @pytest.mark.parametrize("vocab", [1, 2, 63, 64, 65, 1000, 20_000])
-def test_inverse_cdf_and_its_ends(vocab: int) -> None:
-    """The first token whose cumulated weight exceeds u, whatever u in (0, 1); tokens without weight never."""
-    weights = torch.rand(40, vocab) * (torch.rand(40, vocab) < 0.3)
-    weights[:, vocab // 2] += 0.1
-    u = torch.cat((torch.tensor([2.0**-53, 1 - 2.0**-53, 0.5]), torch.rand(37))).double()
-    ids, total = draw(weights, u)
-    cdf = weights.double().numpy().cumsum(-1)
-    assert np.allclose(total, cdf[:, -1], rtol=1e-6)
-    for row, (token, number) in enumerate(zip(ids.tolist(), u.tolist(), strict=True)):
-        assert weights[row, token] > 0
-        low, high = (cdf[row, token - 1] if token else 0) / cdf[row, -1], cdf[row, token] / cdf[row, -1]
-        assert low - 1e-6 <= number <= high + 1e-6
-    nonzero = (weights > 0).nonzero()
-    assert ids[0] == nonzero[nonzero[:, 0] == 0, 1][0]
-    assert ids[1] == nonzero[nonzero[:, 0] == 1, 1][-1]
-
-
-def test_a_number_on_the_edge_belongs_to_the_next_token() -> None:
-    """Exceeds, not reaches: within a block and between two."""
-    u = torch.tensor([0.25, 0.5, 0.75]).double()
-    assert draw(torch.ones(3, 4), u)[0].tolist() == [1, 2, 3]
-    assert draw(torch.ones(3, 256), u)[0].tolist() == [64, 128, 192]
+def test_a_race_is_won_by_the_first_of_all_tokens(vocab: int, shape: str) -> None:
+    """What is left out could not have won: as if every token's clock had been made. Without weight nothing wins."""
+    weights = {
+        "flat": torch.ones(60, vocab),
+        "peaked": torch.rand(60, vocab).mul(-14).exp(),
+        "one": torch.full((60, vocab), 1e-7).index_fill_(1, torch.tensor([vocab // 2]), 1.0),
+        "sparse": torch.rand(60, vocab) * (torch.rand(60, vocab) < 0.02),
+    }[shape]
+    weights[:, vocab // 3] += 0.1
+    seeds = seeds_of(60)
+    expected = (all_clocks(seeds, vocab) / weights).argmin(-1)
+    assert race(weights, seeds).tolist() == expected.tolist()
+    ids = torch.randperm(vocab)[: max(1, vocab // 2)].sort().values.expand(60, -1)
+    some = weights.gather(1, ids) + 1e-3
+    fewer = race(torch.zeros(60, vocab).scatter(1, ids, some), seeds)
+    assert race_among(some, ids, seeds).tolist() == fewer.tolist()
 
 
 def test_a_large_vocabulary_is_drawn_evenly() -> None:
@@ -335,27 +345,78 @@ def test_same_seed_same_draws() -> None:
     assert draws(2**127, 0) == draws(2**127, 0)
 
 
-def test_random_numbers_are_a_function_of_seed_answer_and_position() -> None:
+def test_clocks_are_a_function_of_seed_answer_position_and_token() -> None:
+    """The numbers by their definition, in integers without an end; all differ."""
     places = [(seed, index, position) for seed in (0, -1, 2**64) for index in range(3) for position in (0, 1, 10**6)]
-    numbers = uniforms([stream_key(s, i) for s, i, _ in places], [p for _, _, p in places])
-    assert numbers.tolist() == [uniform(*place) for place in places]
-    assert len(set(numbers.tolist())) == len(places)
+    found = all_clocks(draw_seeds([stream_key(s, i) for s, i, _ in places], [p for _, _, p in places]), 200)
+    for place, clocks_V in zip(places, found.tolist(), strict=True):
+        seed = mix(stream_key(*place[:2]) + (place[2] + 1) * 0x9E3779B97F4A7C15)
+        winners = [64 * b + mix(seed + (b + 1) * 0x9E3779B97F4A7C15) % 64 for b in range(4)]
+        for token, clock in enumerate(clocks_V):
+            later = 0 if token in winners else splitmix(mix(seed), token)
+            assert clock == pytest.approx(splitmix(seed, token // 64) / 64 + later, rel=1e-12)
+    assert len(set(found.flatten().tolist())) == found.numel()
 
 
-@pytest.mark.parametrize("along", ["positions", "answers", "seeds"])
-def test_random_numbers_are_uniform_and_not_correlated(along: str) -> None:
+@pytest.mark.parametrize("along", ["positions", "answers", "seeds", "tokens"])
+def test_clocks_are_exponential_and_not_correlated(along: str) -> None:
+    """Chi-square of 100 equally likely slices; neighbours, tokens of a block and the same token in other draws."""
     n = 20_000
     keys, positions = {
         "positions": ([stream_key(1, 0)] * n, range(n)),
         "answers": ([stream_key(1, i) for i in range(n)], [0] * n),
         "seeds": ([stream_key(i, 0) for i in range(n)], [0] * n),
+        "tokens": ([stream_key(1, 0)], [0]),
     }[along]
-    u = torch.from_numpy(uniforms(keys, positions))
-    chi_square = ((torch.histc(u, 100, 0, 1) - n / 100) ** 2 / (n / 100)).sum()
+    seeds = draw_seeds(keys, positions)
+    u = (-all_clocks(seeds, 2 if len(keys) > 1 else n)).exp()
+    first, second = u.T if len(keys) > 1 else (u[0, :-1], u[0, 1:])
+    n = len(first)
+    chi_square = ((torch.histc(first, 100, 0, 1) - n / 100) ** 2 / (n / 100)).sum()
     assert torch.special.gammaincc(torch.tensor(49.5), chi_square / 2) > 1e-4
-    assert abs(torch.corrcoef(torch.stack((u[1:], u[:-1])))[0, 1]) < 4 / n**0.5
+    for a, b in ((first[1:], first[:-1]), (first, second)):
+        assert abs(torch.corrcoef(torch.stack((a, b)))[0, 1]) < 4 / n**0.5
     assert 0 < u.min() < 1e-3
     assert 1 - 1e-3 < u.max() < 1
+
+
+def test_the_first_of_a_block_is_any_of_its_tokens() -> None:
+    """Independent clocks: each of 64 tokens first equally often, and the least of 64 exponential of mean 1/64."""
+    first, winners = first_clocks(seeds_of(6400), torch.tensor([7]))
+    counts = torch.bincount(winners[:, 0] - 7 * 64, minlength=64)
+    assert torch.special.gammaincc(torch.tensor(31.5), ((counts - 100) ** 2 / 100).sum() / 2) > 1e-4
+    slices = torch.histc((-64 * first).exp(), 64, 0, 1)
+    assert torch.special.gammaincc(torch.tensor(31.5), ((slices - 100) ** 2 / 100).sum().float() / 2) > 1e-4
+    assert abs(torch.corrcoef(torch.stack((first[:, 0], winners[:, 0].double())))[0, 1]) < 4 / 80
+
+
+def test_near_distributions_draw_the_same_token() -> None:
+    """Speculation's luck: the theory of a race by common clocks, sum of 1 / sum of max(p_j / p_i, q_j / q_i).
+
+    Also where one of the two is cut off, and the token drawn does not change with the rows around it.
+    """
+    logits = torch.randn(300) * 2
+    other = logits + torch.randn(300) * 0.7
+    p, q = logits.double().softmax(-1), other.double().softmax(-1)
+    theory = float((1 / torch.maximum(p / p[:, None], q / q[:, None]).sum(-1)).sum())
+    distance = float((p - q).abs().sum() / 2)
+    assert (1 - distance) / (1 + distance) < theory < 1 - distance
+    sampler, n = BatchSampler(300), 4000
+
+    def drawn(logits_V: torch.Tensor, **knobs) -> torch.Tensor:
+        rows = rows_of(sampler, [SamplingParams(seed=5, **knobs)] * n)
+        return torch.tensor(sampler.draw(logits_V.expand(n, -1), rows).token_ids)
+
+    ours, theirs = drawn(logits), drawn(other)
+    assert abs(float((ours == theirs).double().mean()) - theory) < 4 * (0.25 / n) ** 0.5
+    cut = drawn(logits, top_k=20)
+    stays = p >= p.topk(20).values[-1]
+    assert torch.equal(ours[stays[ours]], cut[stays[ours]])  # who wins among all wins among fewer
+    assert int((~stays[ours]).sum()) > 100
+    alone = [
+        sampler.draw(other[None], [Row(sampler.state(SamplingParams(seed=5), [], i))]).token_ids[0] for i in (0, 9)
+    ]
+    assert alone == theirs[[0, 9]].tolist()
 
 
 # --- greedy, penalties, masks ---------------------------------------------------------------------------------------------

@@ -15,7 +15,7 @@ Clocks come in blocks of 64 tokens: first the smallest of a block, exponential o
 any of the 64; the other clocks are later than that by exponential numbers of their own. These are 64 independent
 exponentials (they do not age), but one number bounds them all: a race needs to look at few blocks.
 
-Shapes: R rows, K blocks of a row, W tokens of a block.
+Shapes: R rows, K blocks of a row.
 """
 
 from __future__ import annotations
@@ -59,11 +59,13 @@ def first_clocks(seeds_R: Tensor, blocks_RK: Tensor) -> tuple[Tensor, Tensor]:
     return _exponentials(bits_RK).div_(WIDTH), blocks_RK * WIDTH + (bits_RK & (WIDTH - 1))  # they use other bits
 
 
-def clocks(seeds_R: Tensor, blocks_RK: Tensor, ids_RKW: Tensor) -> Tensor:
-    """Clocks of tokens, fp64 (R, K, W), each of which lies in the block of its column."""
-    first_RK, winner_RK = first_clocks(seeds_R, blocks_RK)
-    later_RKW = _exponentials(_numbers(_mixed(seeds_R.clone())[:, None, None], ids_RKW))
-    return later_RKW.masked_fill_(ids_RKW == winner_RK[:, :, None], 0).add_(first_RK[:, :, None])
+def clocks(seeds: Tensor, ids: Tensor, first: Tensor, winners: Tensor) -> Tensor:
+    """The clocks of tokens, fp64. Beside each id its row's seed and the smallest clock of its block, and whose it is.
+
+    Shapes: any that broadcast to that of the ids.
+    """
+    later = _exponentials(_numbers(_mixed(seeds.clone()), ids))
+    return later.masked_fill_(ids == winners, 0).add_(first)
 
 
 def _exponentials(bits: Tensor) -> Tensor:

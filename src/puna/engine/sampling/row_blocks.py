@@ -15,7 +15,7 @@ from torch import Tensor
 
 from puna.engine.sampling.randomness import WIDTH, clocks, first_clocks
 
-_FIRST_LOOK = 32  # blocks that hold the winner of nearly every race
+_LOOK = 4  # blocks whose clocks are made to learn what is late
 
 
 def pick(x_RV: Tensor, rows: Sequence[int]) -> Tensor:
@@ -86,35 +86,40 @@ def ascending_order(x_RV: Tensor) -> Tensor:
 def race(weights_RV: Tensor, seeds_R: Tensor) -> Tensor:
     """Ids (R,): of each row the token whose clock / weight is least, one without weight never (see `randomness`).
 
-    No token of a block arrives before its smallest clock / its largest weight. Mean number of blocks for which that is
-    earlier than the winner: at most 64, as P = 64 w / (64 w + total) for each. So few clocks of tokens are made.
+    A token cannot win that would be late with the smallest clock of its block. Of a row at most 64 tokens are not late
+    for the winner, in the mean: each with probability 64 w / (64 w + total). So few clocks are made. M of the blocks,
+    N of the tokens in them are in time for an arrival that is known.
     """
     maxima_RB = block_maxima(weights_RV)
-    bounds_RB = first_clocks(seeds_R, torch.arange(maxima_RB.shape[1], device=seeds_R.device))[0].div_(maxima_RB)
-    return _race_in_blocks(weights_RV, seeds_R, bounds_RB, _FIRST_LOOK)
+    first_RB, winners_RB = first_clocks(seeds_R, torch.arange(maxima_RB.shape[1], device=seeds_R.device))
+    bounds_RB = first_RB / maxima_RB
+    known_R = _early_arrival(weights_RV, seeds_R, first_RB, winners_RB, bounds_RB)
+    rows_M, blocks_M = (bounds_RB <= known_R[:, None]).nonzero().unbind(1)
+    weights_MW = _take_each(weights_RV, rows_M, blocks_M)
+    first_M, winners_M = first_RB[rows_M, blocks_M], winners_RB[rows_M, blocks_M]
+    m_N, inside_N = (first_M[:, None] / weights_MW <= known_R[rows_M][:, None]).nonzero().unbind(1)
+    rows_N, ids_N = rows_M[m_N], blocks_M[m_N] * WIDTH + inside_N
+    arrivals_N = clocks(seeds_R[rows_N], ids_N, first_M[m_N], winners_M[m_N]).div_(weights_MW[m_N, inside_N])
+    best_R = torch.full_like(known_R, torch.inf).scatter_reduce_(0, rows_N, arrivals_N, "amin")
+    won_N = arrivals_N == best_R[rows_N]
+    return torch.zeros_like(seeds_R).scatter_(0, rows_N[won_N], ids_N[won_N])
 
 
-def _race_in_blocks(weights_RV: Tensor, seeds_R: Tensor, bounds_RB: Tensor, look: int) -> Tensor:
-    """Winners (R,) among the `look` blocks of the earliest bounds; rows that another block might win look further."""
-    num_blocks = bounds_RB.shape[1]
-    near = bounds_RB.topk(min(look + 1, num_blocks), largest=False)
-    blocks_RK = near.indices[:, :look]
+def _early_arrival(
+    weights_RV: Tensor, seeds_R: Tensor, first_RB: Tensor, winners_RB: Tensor, bounds_RB: Tensor
+) -> Tensor:
+    """The first arrival (R,) of the few blocks that might be the earliest."""
+    blocks_RK = bounds_RB.topk(min(_LOOK, bounds_RB.shape[1]), largest=False).indices
     weights_RKW, ids_RKW = _take(weights_RV, blocks_RK, 0)
-    arrivals_RKW = clocks(seeds_R, blocks_RK, ids_RKW).div_(weights_RKW)
-    first_R, places_R = arrivals_RKW.flatten(1).min(-1)
-    winners_R = ids_RKW.flatten(1).gather(1, places_R[:, None])[:, 0]
-    if look < num_blocks:
-        rest = (near.values[:, look] < first_R).nonzero()[:, 0]
-        if len(rest):
-            winners_R[rest] = _race_in_blocks(weights_RV[rest], seeds_R[rest], bounds_RB[rest], 4 * look)
-    return winners_R
+    first_RK1, winners_RK1 = (x_RB.gather(1, blocks_RK)[:, :, None] for x_RB in (first_RB, winners_RB))
+    return clocks(seeds_R[:, None, None], ids_RKW, first_RK1, winners_RK1).div_(weights_RKW).amin((1, 2))
 
 
 def race_among(weights_RC: Tensor, ids_RC: Tensor, seeds_R: Tensor) -> Tensor:
     """Ids (R,): the winners of a race of these tokens only, by the clocks that they have in any race."""
-    clocks_RC = clocks(seeds_R, ids_RC // WIDTH, ids_RC[:, :, None])[:, :, 0]
-    places_R1 = clocks_RC.div_(weights_RC).argmin(-1, keepdim=True)
-    return ids_RC.gather(1, places_R1)[:, 0]
+    first_RC, winners_RC = first_clocks(seeds_R, ids_RC // WIDTH)
+    arrivals_RC = clocks(seeds_R[:, None], ids_RC, first_RC, winners_RC).div_(weights_RC)
+    return ids_RC.gather(1, arrivals_RC.argmin(-1, keepdim=True))[:, 0]
 
 
 def _take(x_RV: Tensor, blocks_RK: Tensor, beyond: float) -> tuple[Tensor, Tensor]:
@@ -127,3 +132,12 @@ def _take(x_RV: Tensor, blocks_RK: Tensor, beyond: float) -> tuple[Tensor, Tenso
     ids_RKW = ids_RKW.clamp_max_(vocab - 1)
     values_RKW = x_RV.gather(1, ids_RKW.flatten(1)).view(ids_RKW.shape)
     return values_RKW.masked_fill_(~inside_RKW, beyond), ids_RKW
+
+
+def _take_each(x_RV: Tensor, rows_M: Tensor, blocks_M: Tensor) -> Tensor:
+    """Values (M, 64) of blocks of any rows; 0 where the last block ends early."""
+    vocab = x_RV.shape[1]
+    if vocab % WIDTH == 0:
+        return x_RV.reshape(-1, WIDTH).index_select(0, rows_M * (vocab // WIDTH) + blocks_M)
+    ids_MW = blocks_M[:, None] * WIDTH + torch.arange(WIDTH, device=x_RV.device)
+    return x_RV[rows_M[:, None], ids_MW.clamp_max(vocab - 1)].masked_fill_(ids_MW >= vocab, 0)
