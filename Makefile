@@ -12,7 +12,7 @@ quickstart: .venv/core
 	$(BIN)/puna quickstart
 
 test: .venv/dev
-	$(BIN)/pytest
+	$(BIN)/pytest -n auto --maxprocesses 4 --dist loadfile
 
 test-slow: .venv/dev
 	$(BIN)/pytest -m slow

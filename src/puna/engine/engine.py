@@ -92,7 +92,8 @@ class Engine:
     def _make_runner(self, team: Team | None) -> Runner:
         if team is not None:
             return lead(team, self.model, self.pages, self.max_model_len, self.options)
-        return Runner(self.model, self.pages, self.max_model_len, self.adapters, self.options.native)
+        options = self.options
+        return Runner(self.model, self.pages, self.max_model_len, self.adapters, options.native, options.compile)
 
     # --- requests
 

@@ -39,7 +39,7 @@ class EngineOptions:
     native: bool = True
     """Use the native decode step where there is one."""
     compile: bool = False
-    """Compile the blocks with torch.compile (takes a while on first use)."""
+    """Compile the blocks with torch.compile at the start (for GPUs; slower on a CPU)."""
 
     def __post_init__(self) -> None:
         check_kv(self.kv)

@@ -5,7 +5,7 @@ Shapes: T tokens of the step, R rows whose logits are wanted, D model width, V v
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 
 import numpy as np
 import torch
@@ -13,6 +13,7 @@ from torch import Tensor
 
 from puna.engine.adapters import Adapters
 from puna.engine.batch import Batch
+from puna.engine.compiled import Compiled
 from puna.engine.native_step import NativeStep, why_not
 from puna.model.attention import Attend
 from puna.model.transformer import Transformer
@@ -27,13 +28,23 @@ class Runner:
     """
 
     def __init__(
-        self, model: Transformer, pages: Pages, max_len: int, adapters: Adapters | None = None, native: bool = True
+        self,
+        model: Transformer,
+        pages: Pages,
+        max_len: int,
+        adapters: Adapters | None = None,
+        native: bool = True,
+        compile: bool = False,
     ):
         self.model, self.pages, self.adapters = model, pages, adapters
         self.device, self._max_len = model.embed.device, max_len
         reason = why_not(model, pages) if native else "switched off"
         self._step = NativeStep(model, pages) if reason is None else None
         self.path = "native step" if reason is None else f"layer by layer (no native step: {reason})"
+        self._forward: Callable[..., Tensor] = model
+        if compile:
+            self._forward = compiled = Compiled(model)
+            compiled.warm_up()  # at the start, so that no request waits for it
         self._hidden_TD = torch.empty(0)
 
     @torch.inference_mode()
@@ -65,7 +76,7 @@ class Runner:
         if self.adapters is not None:
             self.adapters.rows(batch.adapters_T)
         tokens_T, positions_T = self._tensor(batch.tokens_T), self._tensor(batch.positions_T)
-        self._hidden_TD = self.model(tokens_T, positions_T, self._attend(batch))
+        self._hidden_TD = self._forward(tokens_T, positions_T, self._attend(batch))
 
     @torch.inference_mode()
     def _score(self, rows_R: np.ndarray) -> Tensor:
@@ -81,7 +92,7 @@ class Runner:
             attend = RoundedKV(attend, self.pages.scales)
         tokens_T = torch.tensor([token for ids in documents for token in ids], device=self.device)
         positions_T = torch.cat([torch.arange(length, device=self.device) for length in lengths])
-        self._hidden_TD = self.model(tokens_T, positions_T, attend)
+        self._hidden_TD = self._forward(tokens_T, positions_T, attend)
         return self._hidden_TD
 
     def _attend(self, batch: Batch) -> PagedCausal:
