@@ -38,7 +38,8 @@ def test_help_names_every_verb(puna) -> None:
     code, out, _ = puna("--help")
     assert code == 0
     for verb in ("quickstart", "tokenizer train", "tokenize", "shards import", "shards export", "shards verify", "train",
-                 "plan", "generate", "chat", "info"):  # fmt: skip
+                 "plan", "generate", "chat", "info", "quantize", "convert", "bench decode", "bench prefill",
+                 "bench load", "bench serve"):  # fmt: skip
         assert f"puna {verb}" in out
         code, text, err = puna(*verb.split(), "--help")
         assert code == 0
@@ -62,6 +63,31 @@ def test_generate_streams_text_to_stdout(puna, model_folder) -> None:
     assert code == 0
     assert out == last_json(again)["outputs"][0]["text"] + "\n"
     assert "tok/s" in err
+
+
+def test_generate_refuses_more_tokens_than_the_context_holds(puna, model_folder) -> None:
+    code, _, err = puna("generate", model_folder, "--prompt-ids", "1,2,3", "--max-tokens", 510)
+    assert code == 2
+    assert "3 tokens and max_tokens is 510: 513 together, the limit is 512" in err
+    code, _, err = puna(
+        "generate", model_folder, "--prompt-ids", "1,2,3", "--max-tokens", 5, "--speculate", "nothing"
+    )
+    assert code == 2
+    assert "speculate is 'nothing'" in err
+    code, _, err = puna("generate", model_folder, "--prompts", "x.jsonl", "--prompt", "a")
+    assert code == 2
+    assert "--out" in err
+
+
+def test_generate_with_beams_several_answers_and_speculation(puna, model_folder) -> None:
+    base = ("generate", model_folder, "--prompt", "def ", "--max-tokens", 6, "--ignore-eos", "--json")
+    code, out, err = puna(*base, "--beams", 3, "--n", 2)
+    assert code == 0, err
+    assert len(last_json(out)["outputs"]) == 2
+    plain = last_json(puna(*base, "--n", 3, "--best-of", 4, "--seed", 2)[1])["outputs"]
+    found = last_json(puna(*base, "--n", 3, "--best-of", 4, "--seed", 2, "--speculate", "ngram", "--no-native")[1])
+    assert [one["token_ids"] for one in found["outputs"]] == [one["token_ids"] for one in plain]
+    assert found["speculation"]["proposer"]
 
 
 def test_generate_n_with_a_seed_and_a_stop(puna, model_folder) -> None:
