@@ -27,8 +27,8 @@ from puna.base.console import table
 from puna.engine.engine import Engine
 from puna.engine.options import EngineOptions
 from puna.engine.request import SamplingParams
-from puna.engine.sampling.randomness import uniforms
-from puna.engine.sampling.row_blocks import draw
+from puna.engine.sampling.randomness import draw_seeds
+from puna.engine.sampling.row_blocks import race
 from puna.engine.sequence import Request, Sequence, Slice, Status
 from puna.engine.speculate.pace import Pace
 from puna.engine.speculate.speculative import NGram, Proposal, Proposer, Speculation
@@ -187,20 +187,20 @@ def logits(model: Transformer, ids_T: torch.Tensor) -> torch.Tensor:
 
 @torch.inference_mode()
 def on_pair(target: str, draft: str, file: str, tokens: int) -> None:
-    """The next token after every one of a text. likeliest: the draft's argmax; same number: drawn as theirs."""
+    """The next token after every one of a text. likeliest: the draft's argmax; same clocks: drawn as theirs."""
     models, tokenizer = [load_model(target), load_model(draft)], find_tokenizer(target)
     assert tokenizer is not None, "the target has no tokenizer"
     ids_T = torch.tensor(tokenizer.encode(Path(file).read_text()))[:tokens]
     theirs, ours = (torch.cat([logits(model, part) for part in ids_T.split(512)]) for model in models)
-    numbers = torch.from_numpy(uniforms([1] * len(ids_T), range(len(ids_T))))
+    seeds = draw_seeds([1] * len(ids_T), range(len(ids_T)))
     rows = []
     for temperature in (0.01, 0.5, 0.8, 1.0):
         p, q = (theirs / temperature).softmax(-1), (ours / temperature).softmax(-1)
-        drawn = draw(p, numbers)[0]
-        hits = [q.argmax(-1) == drawn, draw(q, numbers)[0] == drawn]
+        drawn = race(p, seeds)
+        hits = [q.argmax(-1) == drawn, race(q, seeds) == drawn]
         shares = [hit.float().mean().item() for hit in hits] + [torch.minimum(p, q).sum(-1).mean().item()]
         rows.append([f"{temperature}", *(f"{share:.3f}" for share in shares)])
-    print(table(rows, ["temperature", "likeliest", "same number", "most possible"]))
+    print(table(rows, ["temperature", "likeliest", "same clocks", "most possible"]))
 
 
 if __name__ == "__main__":

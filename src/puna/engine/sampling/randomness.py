@@ -49,7 +49,7 @@ def stream_key(seed: int, index: int) -> int:
 
 def draw_seeds(keys: Sequence[int], positions: Sequence[int], device: torch.device | None = None) -> Tensor:
     """The 64 bits of each (answer's key, tokens generated before), int64 (R,)."""
-    keys_R = torch.from_numpy(np.array(keys, np.uint64).view(np.int64)).to(device)
+    keys_R = torch.tensor(np.array(keys, np.uint64).view(np.int64), device=device)
     return _numbers(keys_R, torch.tensor(positions, device=device))
 
 

@@ -86,9 +86,9 @@ def ascending_order(x_RV: Tensor) -> Tensor:
 def race(weights_RV: Tensor, seeds_R: Tensor) -> Tensor:
     """Ids (R,): of each row the token whose clock / weight is least, one without weight never (see `randomness`).
 
-    A token cannot win that would be late with the smallest clock of its block. Of a row at most 64 tokens are not late
-    for the winner, in the mean: each with probability 64 w / (64 w + total). So few clocks are made. M of the blocks,
-    N of the tokens in them are in time for an arrival that is known.
+    A token cannot win that would be late even with the smallest clock of its block. That leaves about 64 tokens of a
+    row, or fewer: each is in time with a probability near 64 w / (64 w + total). So few clocks are made. First some
+    arrival is found that is early; M blocks, and N tokens in them, could be earlier.
     """
     maxima_RB = block_maxima(weights_RV)
     first_RB, winners_RB = first_clocks(seeds_R, torch.arange(maxima_RB.shape[1], device=seeds_R.device))
