@@ -69,9 +69,7 @@ def test_generate_refuses_more_tokens_than_the_context_holds(puna, model_folder)
     code, _, err = puna("generate", model_folder, "--prompt-ids", "1,2,3", "--max-tokens", 510)
     assert code == 2
     assert "3 tokens and max_tokens is 510: 513 together, the limit is 512" in err
-    code, _, err = puna(
-        "generate", model_folder, "--prompt-ids", "1,2,3", "--max-tokens", 5, "--speculate", "nothing"
-    )
+    code, _, err = puna("generate", model_folder, "--prompt-ids", "1,2,3", "--max-tokens", 5, "--speculate", "nothing")
     assert code == 2
     assert "speculate is 'nothing'" in err
     code, _, err = puna("generate", model_folder, "--prompts", "x.jsonl", "--prompt", "a")
