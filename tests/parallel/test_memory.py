@@ -52,7 +52,7 @@ def kept_bytes(spec: Spec, dtype: torch.dtype, checkpointed: bool) -> float:
 @pytest.mark.parametrize("qk_norm", [False, True])
 def test_activations_are_exactly_what_autograd_keeps(dtype, name, qk_norm, monkeypatch) -> None:
     monkeypatch.setattr("puna.ops.native.attention.serves", lambda *_: False)
-    monkeypatch.setattr("puna.ops.native.token.serves_norm", lambda *_: False)
+    monkeypatch.setattr("puna.ops.native.norm.serves_norm", lambda *_: False)
     spec = SPEC.replace(qk_norm=qk_norm)
     # A CPU build of torch has no fused norm. It keeps x and the normalised x in fp32 where a GPU keeps x alone: so
     # 4 bytes more per number where x is fp32 already, 8 - 2 where x is bf16; and q, k norms keep one scale per head.
