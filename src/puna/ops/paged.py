@@ -111,8 +111,10 @@ class PagedCausal:
     padded with NULL_PAGE. All in the host's memory but slots_T, which is where the pages are. max_len: what 'dynamic'
     rope looks at.
 
-    On the native path a row's output is the same bit for bit whatever else is in the batch, however a prompt is cut
-    into pieces, wherever its pages lie and whatever the number of threads; with torch the same up to rounding.
+    On the native path a row's output is the same bit for bit whatever else is in the batch, wherever its pages lie,
+    whatever the number of threads, and however a prompt is cut into pieces of two tokens or more. A token that is its
+    sequence's only new one is computed in another way where at most three query heads share a kv head: then its output
+    differs from the same token's in a piece by rounding, about 1e-6. With torch all is the same up to rounding.
     """
 
     pages: Pages

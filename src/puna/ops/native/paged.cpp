@@ -1,8 +1,7 @@
 // Attention over a paged KV cache, for prompts in pieces and single new tokens alike; what it offers is in paged.h.
 //
-// One way of computing for every row, so that a token's output is the same bit for bit whether it came alone, with
-// drafts, or in the middle of a prompt. The rows of a task are all queries that share a kv head (tokens x R heads); they
-// meet blocks of 64 keys, aligned at positions 0, 64, 128 ...:
+// The rows of a task are all queries that share a kv head (tokens x R heads); they meet blocks of 64 keys, aligned at
+// positions 0, 64, 128 ...:
 //
 //   pack      64 keys become columns, keys[x][position], the values stay rows; both in fp32, whatever the cache holds
 //   scores    s[row][position] = sum over x of q[row][x] * keys[x][position], x by x
@@ -12,6 +11,13 @@
 // (Dao 2023, arXiv:2307.08691.) A vector holds neighbouring positions or neighbouring x of one row, never parts of a sum
 // that would have to be added across: so it does not matter how many rows are computed together. Blocks that a row does
 // not see change nothing: their weights are exactly 0, and 2^0 is exactly 1.
+//
+// If a sequence has a single new token and R <= FEW, packing would cost more than all the rest: its rows read keys and
+// values as they lie. Then a score's sum has a part per lane, which are added up for as many positions at once as there
+// are lanes; softmax and sums are the same. So there are two kinds of rows: those of single tokens, and those of pieces
+// of two tokens or more. Rows of one kind are the same bit for bit in any company; between the kinds the last bits of
+// the scores differ (1e-6 of an output). The kind depends on the sequence's own number of new tokens alone, never on
+// how a piece is cut into tasks.
 //
 // Every SPLIT positions a partial result is closed and merged into the row's total, in order. Long contexts can so be
 // divided between threads without a bit changing (as in flash-decoding, but with splits fixed by position).
@@ -23,9 +29,9 @@
 #include <cmath>
 #include <cstdlib>
 #include <new>
-#include <type_traits>
 #include <utility>
 
+#include "paged_numbers.h"
 #include "product.h"
 
 namespace {
@@ -37,97 +43,17 @@ using paged::Task;
 constexpr int64_t BLOCK = 64;          // positions of one block
 constexpr int64_t SPLIT = 512;         // positions of one partial result
 constexpr int64_t CHUNK = 512;         // most rows of one task: keys are packed anew for each
+constexpr int64_t FEW = 3;             // most rows of a single token that read keys and values as they lie
 constexpr int64_t AHEAD = 4;           // tokens whose rows are fetched ahead: they lie too far apart to be foreseen
 constexpr int64_t PAD = 16;            // values of the widest vector
 constexpr int64_t ONE_CORE = 1 << 18;  // multiplications below which waking a second core takes longer
 constexpr float LOG2_E = 1.44269504f;
-#define UNROLL_16 _Pragma("GCC unroll 16")
 
 constexpr int64_t up(int64_t n, int64_t step) { return (n + step - 1) / step * step; }
 
 // Numbers of a cache in a word, and numbers of a row in working memory: whole vectors of words.
 INLINE int64_t parts_of(const Call &p) { return p.cache_kind == paged::FLOAT32 ? 1 : p.cache_kind < paged::INT8 ? 2 : 4; }
 INLINE int64_t padded_of(const Call &p) { return up(p.width, PAD * parts_of(p)); }
-
-// --- what a cache may hold: numbers to fp32 and back ---------------------------------------------------------------------
-
-struct half {
-    uint16_t bits;
-};
-struct int8 {
-    int8_t code;
-};
-struct float8 {  // e4m3fn: sign, four bits of exponent (bias 7), three of mantissa
-    uint8_t bits;
-};
-
-// A word holds 4 / sizeof(C) numbers. LANES words become as many vectors of fp32: vector n has every n-th number of a word,
-// as nothing must move between lanes then.
-template <typename C> constexpr int PARTS = 4 / sizeof(C);
-
-template <int LANES> INLINE void divide(ints<LANES> word, const float *, floats<LANES> *to) { to[0] = (floats<LANES>)word; }
-template <int LANES> INLINE void divide(ints<LANES> word, const bf16 *, floats<LANES> *to) {
-    to[0] = (floats<LANES>)(word << 16);
-    to[1] = (floats<LANES>)(word & int32_t(0xffff0000));
-}
-template <int LANES> INLINE void divide(ints<LANES> word, const int8 *, floats<LANES> *to) {
-    UNROLL for (int n = 0; n < 4; n++) to[n] = __builtin_convertvector(word << (24 - 8 * n) >> 24, floats<LANES>);
-}
-// Mantissa and exponent go to their places in an fp32, and a product puts the exponent's bias right: exact, for the
-// smallest numbers too (as long as nobody turned on "denormals are zero"). What is then out of range was infinite or nan.
-template <int LANES> INLINE void divide(ints<LANES> word, const half *, floats<LANES> *to) {
-    UNROLL for (int n = 0; n < 2; n++) {
-        floats<LANES> value = (floats<LANES>)((word << (16 - 16 * n) >> 3) & int32_t(0x8fffe000)) * 0x1p112f;
-        floats<LANES> size = (floats<LANES>)((ints<LANES>)value & 0x7fffffff);
-        to[n] = (floats<LANES>)((ints<LANES>)value | ((ints<LANES>)(size >= 65536.0f) & 0x7f800000));
-    }
-}
-template <int LANES> INLINE void divide(ints<LANES> word, const float8 *, floats<LANES> *to) {  // a nan would be 480
-    UNROLL for (int n = 0; n < 4; n++)
-        to[n] = (floats<LANES>)((word << (24 - 8 * n) >> 4) & int32_t(0x87f00000)) * 0x1p120f;
-}
-
-template <int LANES, typename C> INLINE void widen_words(const C *from, int64_t left, floats<LANES> *to) {  // zeros behind
-    constexpr int64_t COUNT = LANES * PARTS<C>;
-    C padded[COUNT];
-    if (left < COUNT) {
-        memset(padded, 0, sizeof padded);
-        from = (const C *)memcpy(padded, from, size_t(left) * sizeof(C));
-    }
-    divide<LANES>((ints<LANES>)*(const typename Vector<LANES>::words_anywhere *)from, (const C *)nullptr, to);
-}
-
-INLINE uint32_t bits_of(float value) {
-    uint32_t word;
-    memcpy(&word, &value, sizeof word);
-    return word;
-}
-
-// fp32 in fewer bits, to nearest, ties to even. Below `least`, the smallest normal number, the exponent stays: adding
-// `magic`, whose last bit is worth as much as the result's, rounds there.
-INLINE uint32_t shorter(float value, int drop, uint32_t bias, float least, float magic) {
-    const float size = fabsf(value);
-    const uint32_t word = bits_of(size), normal = (word - (bias << 23) + (1u << (drop - 1)) - 1 + (word >> drop & 1)) >> drop;
-    return size < least ? bits_of(size + magic) - bits_of(magic) : normal;
-}
-INLINE uint32_t sign_of(float value) { return bits_of(value) >> 31; }
-INLINE float clamped(float value, float low, float high) { return value < low ? low : value > high ? high : value; }
-
-INLINE void keep(float value, float *to) { *to = value; }
-INLINE void keep(float value, bf16 *to) { narrow(value, to); }
-INLINE void keep(float value, half *to) {
-    uint32_t word = shorter(value, 13, 112, 0x1p-14f, 0.5f);
-    word = fabsf(value) < 65520.0f ? word : value != value ? 0x7e00 : 0x7c00;
-    to->bits = uint16_t(word | sign_of(value) << 15);
-}
-INLINE void keep(float value, int8 *to) {  // adding 1.5 * 2^23 rounds to a whole number in the low bits
-    to->code = int8_t(bits_of(clamped(value, -128.0f, 127.0f) + 12582912.0f) & 0xff);
-}
-INLINE void keep(float value, float8 *to) {
-    const float inside = clamped(value, -448.0f, 448.0f);
-    const uint32_t word = value != value ? 0x7f : shorter(inside, 20, 120, 0x1p-6f, 16384.0f);
-    to->bits = uint8_t(word | sign_of(value) << 7);
-}
 
 // `numbers` behind row: an address that may lie behind the array, as it is only fetched.
 template <int WRITE, typename C> INLINE void fetch(const C *row, int64_t numbers, int64_t width) {
@@ -136,12 +62,6 @@ template <int WRITE, typename C> INLINE void fetch(const C *row, int64_t numbers
 }
 
 // --- the new rows --------------------------------------------------------------------------------------------------------
-
-INLINE float widen(half value) {
-    floats<4> parts[2];
-    widen_words<4>(&value, 1, parts);
-    return parts[0][0];
-}
 
 template <typename T, typename C> INLINE void write_row(C *to, const T *from, int64_t width, float scale) {
     if (scale == 1.0f)
@@ -319,18 +239,12 @@ template <int LANES> INLINE void multiply_by(float *row, float scale, int64_t co
     for (int64_t x = 0; x < count; x += LANES) store<LANES>(row + x, load<LANES>(row + x) * scale);
 }
 
-// Rows i .. i + ROWS of a task with one block. A tile's sums fill half of the vector registers.
+// Scores [from, to) of rows i .. i + ROWS become weights, and what the rows have summed up so far is scaled down to them.
+// `base`: the first token's position, counted from the block's.
 template <int LANES, int ROWS>
-INLINE void meet(const Call &p, const Task &task, const float *queries, State &state, const Block &block, int64_t i) {
-    constexpr int VECS = ROWS == 8 || (ROWS == 4 && LANES < 16) ? 2 : 4;
-    const int64_t sharing = p.heads / p.groups, base = task.position - block.position, padded = state.padded;
-    const int64_t last = std::min(base + (i + ROWS - 1) / sharing + 1, BLOCK);
-    const int64_t first = std::max(base + i / sharing - p.window + 1, int64_t(0));
-    if (first >= last) return;
-    const int64_t from = first / LANES * LANES, to = up(last, LANES);
-    float scores[ROWS * BLOCK] __attribute__((aligned(64))), scale[PAD] __attribute__((aligned(64))) = {};
-    float *most = state.most + i;
-    multiply<LANES, ROWS, VECS, STORE>(scores, BLOCK, queries + i * padded, padded, block.keys, BLOCK, p.width, from, to);
+INLINE void soften(float *scores, const Call &p, int64_t base, int64_t sharing, State &state, int64_t i, int64_t from,
+                   int64_t to) {
+    float scale[PAD] __attribute__((aligned(64))) = {}, *most = state.most + i;
     for (int r = 0; r < ROWS; r++) {
         const int64_t self = base + (i + r) / sharing, oldest = std::max(self - p.window + 1, int64_t(0));
         const float top = hide<LANES>(scores + r * BLOCK, oldest, std::min(self + 1, BLOCK), from, to);
@@ -341,7 +255,21 @@ INLINE void meet(const Call &p, const Task &task, const float *queries, State &s
     for (int r = 0; r < ROWS; r++)
         weigh<LANES>(scores + r * BLOCK, from, to, most[r], scale[r], state.total + (i + r) * PAD);
     for (int r = 0; r < ROWS; r++)
-        if (scale[r] != 1.0f) multiply_by<LANES>(state.out + (i + r) * padded, scale[r], padded);
+        if (scale[r] != 1.0f) multiply_by<LANES>(state.out + (i + r) * state.padded, scale[r], state.padded);
+}
+
+// Rows i .. i + ROWS of a task with one block. A tile's sums fill half of the vector registers.
+template <int LANES, int ROWS>
+INLINE void meet(const Call &p, const Task &task, const float *queries, State &state, const Block &block, int64_t i) {
+    constexpr int VECS = ROWS == 8 || (ROWS == 4 && LANES < 16) ? 2 : 4;
+    const int64_t sharing = p.heads / p.groups, base = task.position - block.position, padded = state.padded;
+    const int64_t last = std::min(base + (i + ROWS - 1) / sharing + 1, BLOCK);
+    const int64_t first = std::max(base + i / sharing - p.window + 1, int64_t(0));
+    if (first >= last) return;
+    const int64_t from = first / LANES * LANES, to = up(last, LANES);
+    float scores[ROWS * BLOCK] __attribute__((aligned(64)));
+    multiply<LANES, ROWS, VECS, STORE>(scores, BLOCK, queries + i * padded, padded, block.keys, BLOCK, p.width, from, to);
+    soften<LANES, ROWS>(scores, p, base, sharing, state, i, from, to);
     multiply<LANES, ROWS, VECS, ADD>(state.out + i * padded, padded, scores + first, BLOCK, block.values + first * padded, padded,
                                      last - first, 0, padded);
 }
@@ -357,6 +285,142 @@ INLINE void meet_all(const Call &p, const Task &task, const float *queries, Stat
         i += 2;
     }
     if (i < state.rows) meet<LANES, 1>(p, task, queries, state, block, i);
+}
+
+// --- a single new token: its rows read keys and values as they lie -----------------------------------------------------------
+
+// LANES vectors become one: lane l has the sum of vector l.
+template <int LANES, int D = LANES / 2> INLINE floats<LANES> add_up(floats<LANES> *vectors) {
+    UNROLL for (int i = 0; i < D; i++) {
+        exchange<LANES, D>(vectors[i], vectors[i + D], std::make_integer_sequence<int, LANES>());
+        vectors[i] += vectors[i + D];
+    }
+    if constexpr (D > 1) add_up<LANES, D / 2>(vectors);
+    return vectors[0];
+}
+
+// sums[row * EACH + l] += a vector of words from each query, its parts in order, times one from keys[l] + x.
+template <int LANES, int ROWS, typename C>
+INLINE void add_word(floats<LANES> *sums, const float *queries, int64_t padded, const C *const *keys, int64_t x) {
+    constexpr int EACH = LANES / ROWS;
+    UNROLL_16 for (int l = 0; l < EACH; l++) {
+        floats<LANES> parts[PARTS<C>];
+        widen_words<LANES>(keys[l] + x, LANES * PARTS<C>, parts);
+        UNROLL for (int n = 0; n < PARTS<C>; n++)
+            UNROLL for (int r = 0; r < ROWS; r++)
+                sums[r * EACH + l] += parts[n] * load<LANES>(queries + r * padded + n * LANES);
+    }
+}
+
+// Scores [from, to) of ROWS rows, LANES / ROWS positions at once, so that the vectors to add up are as many as lanes.
+// Positions behind `count` repeat the last one; of the block behind this one, `ahead` rows are fetched.
+template <int LANES, int ROWS, typename C>
+INLINE void dots(float *scores, const Call &p, const float *queries, int64_t padded, const int64_t *offsets, int64_t count,
+                 int64_t ahead, int64_t from, int64_t to) {
+    constexpr int64_t EACH = LANES / ROWS, WORD = LANES * PARTS<C>;
+    const int64_t width = p.width, whole = width / WORD * WORD;
+    const C *keys = (const C *)p.keys, *values = (const C *)p.values;
+    C ends[EACH][WORD];
+    if (whole < width) memset(ends, 0, sizeof ends);
+    for (int64_t j = from; j < to; j += EACH) {
+        const C *rows[EACH];
+        UNROLL_16 for (int l = 0; l < EACH; l++) rows[l] = keys + offsets[std::min(j + l, count - 1)];
+        for (int64_t l = j; l < std::min(j + EACH, ahead); l++) {
+            fetch<0>(keys, offsets[BLOCK + l], width);
+            fetch<0>(values, offsets[BLOCK + l], width);
+        }
+        floats<LANES> sums[LANES] = {};
+        for (int64_t x = 0; x < whole; x += WORD) add_word<LANES, ROWS>(sums, queries + x, padded, rows, x);
+        if (whole < width) {
+            for (int64_t l = 0; l < EACH; l++)
+                rows[l] = (const C *)memcpy(ends[l], rows[l] + whole, size_t(width - whole) * sizeof(C));
+            add_word<LANES, ROWS>(sums, queries + whole, padded, rows, 0);
+        }
+        floats<LANES> total = add_up<LANES>(sums);
+        UNROLL for (int r = 0; r < ROWS; r++)
+            memcpy(scores + r * BLOCK + j, (const float *)&total + r * EACH, EACH * sizeof(float));
+    }
+}
+
+// out += weights times values of `count` positions: WORDS vectors of words from each row, the sums in registers. `left`:
+// numbers of a row from here on, fewer than the vectors take only at its end.
+template <int LANES, int ROWS, int WORDS, typename C>
+INLINE void add_words(float *out, int64_t padded, const float *weights, const C *values, const int64_t *offsets, int64_t count,
+                      int64_t left) {
+    constexpr int VECS = WORDS * PARTS<C>;
+    floats<LANES> sums[ROWS][VECS];
+    UNROLL for (int r = 0; r < ROWS; r++)
+        UNROLL for (int n = 0; n < VECS; n++) sums[r][n] = load<LANES>(out + r * padded + n * LANES);
+    for (int64_t j = 0; j < count; j++) {
+        floats<LANES> parts[VECS];
+        UNROLL for (int n = 0; n < WORDS; n++)
+            widen_words<LANES>(values + offsets[j] + n * LANES * PARTS<C>, left, parts + n * PARTS<C>);
+        UNROLL for (int r = 0; r < ROWS; r++)
+            UNROLL for (int n = 0; n < VECS; n++) sums[r][n] += weights[r * BLOCK + j] * parts[n];
+    }
+    UNROLL for (int r = 0; r < ROWS; r++)
+        UNROLL for (int n = 0; n < VECS; n++) store<LANES>(out + r * padded + n * LANES, sums[r][n]);
+}
+
+template <int LANES, int ROWS, int WORDS, typename C>
+INLINE void add_values(float *out, int64_t padded, const float *weights, const C *values, const int64_t *offsets, int64_t count,
+                       int64_t width) {
+    constexpr int64_t WORD = LANES * PARTS<C>, STEP = WORDS * WORD;
+    for (; width >= STEP; width -= STEP, out += STEP, values += STEP)
+        add_words<LANES, ROWS, WORDS>(out, padded, weights, values, offsets, count, STEP);
+    if constexpr (WORDS > 1)
+        add_values<LANES, ROWS, WORDS / 2>(out, padded, weights, values, offsets, count, width);
+    else if (width)
+        add_words<LANES, ROWS, 1>(out, padded, weights, values, offsets, count, width);
+}
+
+// Rows i .. i + ROWS of a single token with the block at position `at`, whose rows lie at the offsets.
+template <int LANES, int ROWS, typename C>
+INLINE void meet_few(const Call &p, const Task &task, const float *queries, State &state, const int64_t *offsets, int64_t at,
+                     int64_t ahead, int64_t i) {
+    constexpr int VECS = LANES < 16 && ROWS > 1 ? 4 : 8, WORDS = VECS > PARTS<C> ? VECS / PARTS<C> : 1;
+    const int64_t base = task.position - at, padded = state.padded, last = std::min(base + 1, BLOCK);
+    const int64_t first = std::max(base - p.window + 1, int64_t(0)), from = first / LANES * LANES, to = up(last, LANES);
+    float scores[ROWS * BLOCK] __attribute__((aligned(64)));
+    dots<LANES, ROWS, C>(scores, p, queries + i * padded, padded, offsets, last, i ? 0 : ahead, from, to);
+    soften<LANES, ROWS>(scores, p, base, state.rows, state, i, from, to);
+    add_values<LANES, ROWS, WORDS>(state.out + i * padded, padded, scores + first, (const C *)p.values, offsets + first,
+                                   last - first, p.width);
+}
+
+// All blocks of positions [first, end), the partial result of a single token.
+template <int LANES, typename C>
+INLINE void compute_few(const Call &p, const Task &task, const float *queries, State &state, const int64_t *offsets,
+                        int64_t first, int64_t end) {
+    for (int64_t at = first; at < end; at += BLOCK, offsets += BLOCK) {
+        const int64_t ahead = std::min(end - at - BLOCK, BLOCK);
+        int64_t i = 0;
+        for (; i + 2 <= state.rows; i += 2) meet_few<LANES, 2, C>(p, task, queries, state, offsets, at, ahead, i);
+        if (i < state.rows) meet_few<LANES, 1, C>(p, task, queries, state, offsets, at, ahead, i);
+    }
+}
+
+template <int LANES>
+INLINE void compute_few(const Call &p, const Task &task, const float *queries, State &state, const int64_t *offsets,
+                        int64_t first, int64_t end) {
+    switch (p.cache_kind) {
+        case paged::FLOAT32: return compute_few<LANES, float>(p, task, queries, state, offsets, first, end);
+        case paged::BFLOAT16: return compute_few<LANES, bf16>(p, task, queries, state, offsets, first, end);
+        case paged::FLOAT16: return compute_few<LANES, half>(p, task, queries, state, offsets, first, end);
+        case paged::INT8: return compute_few<LANES, int8>(p, task, queries, state, offsets, first, end);
+        default: return compute_few<LANES, float8>(p, task, queries, state, offsets, first, end);
+    }
+}
+
+// A query's numbers in the order in which the parts of its words meet those of the keys; zeros behind them.
+template <int LANES> INLINE void spread(float *query, int64_t width, int64_t padded, int64_t parts) {
+    float words[PAD * 4];
+    for (int64_t x = width; x < padded; x++) query[x] = 0.0f;
+    for (int64_t first = 0; first < padded; first += LANES * parts) {
+        memcpy(words, query + first, size_t(LANES * parts) * sizeof(float));
+        for (int64_t l = 0; l < LANES; l++)
+            for (int64_t n = 0; n < parts; n++) query[first + n * LANES + l] = words[l * parts + n];
+    }
 }
 
 // --- a task ------------------------------------------------------------------------------------------------------------------
@@ -381,6 +445,11 @@ template <typename T> INLINE void take(float *queries, const Call &p, const Task
         }
 }
 
+// Rows that end within a vector of words must be copied before they are read: that costs more than packing.
+template <int LANES> INLINE bool is_few(const Call &p, const Task &task) {
+    return task.alone && p.heads / p.groups <= FEW && p.width % (LANES * parts_of(p)) == 0;
+}
+
 // The partial result of positions [first, end), at most a split.
 template <int LANES, int ROWS>
 INLINE void compute(const Call &p, const Task &task, const float *queries, State &state, int64_t first, int64_t end,
@@ -391,6 +460,7 @@ INLINE void compute(const Call &p, const Task &task, const float *queries, State
     first = std::max(first, std::max(task.position - p.window + 1, int64_t(0)) / BLOCK * BLOCK);
     locate(offsets, p, task, first, end);
     state.clear();
+    if (is_few<LANES>(p, task)) return compute_few<LANES>(p, task, queries, state, offsets, first, end);
     for (int64_t begin = first; begin < end; begin += size) {
         const int64_t stop = std::min(begin + size, end);
         for (int64_t at = begin; at < stop; at += BLOCK) {
@@ -462,6 +532,8 @@ template <int LANES, int ROWS> INLINE void task_of(const Call &p, Plan &plan, co
     if (unit) part_at = partials + task.part * size;
     State merged(merged_at, rows, padded), part(part_at, rows, padded);
     take_any(queries, p, task);
+    if (is_few<LANES>(p, task))
+        for (int64_t i = 0; i < rows; i++) spread<LANES>(queries + i * padded, p.width, padded, parts_of(p));
     for (int64_t first = task.first; first < task.end; first += SPLIT) {
         State &into = unit || first > task.first ? part : merged;  // an empty result and a part are the part itself
         compute<LANES, ROWS>(p, task, queries, into, first, std::min(first + SPLIT, task.end), panel);
@@ -505,6 +577,7 @@ template <typename T> Writer writer_of(int cache_kind) {
 struct Piece {
     int64_t token, tokens, position, first, length;
     const int32_t *table;
+    bool alone;  // no other new token of its sequence
     int64_t cost() const { return tokens * (length - first); }
 };
 
@@ -517,7 +590,7 @@ std::vector<Piece> pieces_of(const Call &p, int64_t workers) {
         for (int64_t t = 0; t < count; t += most) {
             const int64_t tokens = std::min(most, count - t), position = before + t;
             const int64_t first = std::max(position - p.window + 1, int64_t(0)) / SPLIT * SPLIT;
-            pieces.push_back({start + t, tokens, position, first, position + tokens, p.tables + b * p.table_row});
+            pieces.push_back({start + t, tokens, position, first, position + tokens, p.tables + b * p.table_row, count == 1});
         }
     }
     // The largest first, so that no core is left with one at the end.
@@ -542,7 +615,7 @@ void plan(const Call &p, int64_t workers, Plan &plan) {
         const bool whole = workers == 1 || parts == 1 || piece.cost() * workers * 4 < cost;
         plan.scratch = std::max(plan.scratch, up(scratch_of(rows, padded), PAD));
         for (int64_t g = 0; g < p.groups; g++) {
-            Task task = {piece.token, piece.tokens, piece.position, g, piece.first, piece.length, piece.table, -1, 0};
+            Task task = {piece.token, piece.tokens, piece.position, g, piece.first, piece.length, piece.table, -1, 0, piece.alone};
             if (whole) {
                 plan.tasks.push_back(task);
                 continue;

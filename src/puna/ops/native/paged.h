@@ -8,8 +8,8 @@
 //     barrier
 //     every thread:  attend(call, plan, i, scratch) for i of 0 .. plan.tasks.size(), each once, in any order
 //
-// Every number a task gives depends on its query and on the positions it sees alone: not on page ids, on the other rows,
-// on the number of threads, or on how tokens are divided into tasks.
+// Every number a task gives depends on its query, on the positions it sees, and on whether its sequence has a single new
+// token: not on page ids, on the other rows, on the number of threads, or on how tokens are divided into tasks.
 
 #pragma once
 
@@ -47,6 +47,7 @@ struct Task {
     int64_t group, first, end;        // kv head; positions to look at, `first` a multiple of a split's size
     const int32_t *table;
     int64_t unit, part;               // split tasks: which of plan.units, and which part of it; -1: the task is whole
+    bool alone;                       // the sequence has no other new token
 };
 
 // The tasks of one step. Kept and filled again, it allocates nothing after the first steps.
