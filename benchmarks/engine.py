@@ -7,7 +7,8 @@
 Every figure comes from a process of its own; contenders take turns, so that a noisy machine disturbs all alike; the
 ratio is of neighbours in time. Random weights, written once per run by puna: a bf16 folder, GGUF files in F16, Q8_0 and
 Q4_0. puna reads the very same Q8_0 and Q4_0 files. `exact` rows compute with fp32 inputs, `fast` ones round the inputs
-of products to int8, as llama.cpp always does. Peers run with their defaults and as many threads as there are cores.
+of products to int8 and keep keys and values in fp16, as llama.cpp does by default. Peers run with their defaults and as
+many threads as there are cores.
 Tokens per second: of all sequences together; `many` counts answers' tokens over the whole time, prompts included:
 puna gets 32 requests at once, transformers takes 4 one by one.
 """
@@ -37,13 +38,14 @@ class Side:
     file: str
     dtype: str = "float32"
     activations: str = "exact"
+    kv: str = "auto"
 
 
 OURS = {
     "int4-exact": Side("Q4_0.gguf"),
-    "int4-fast": Side("Q4_0.gguf", activations="int8"),
+    "int4-fast": Side("Q4_0.gguf", activations="int8", kv="float16"),
     "int8-exact": Side("Q8_0.gguf"),
-    "int8-fast": Side("Q8_0.gguf", activations="int8"),
+    "int8-fast": Side("Q8_0.gguf", activations="int8", kv="float16"),
     "bf16": Side("folder", "bfloat16"),
     "fp32": Side("folder"),
 }
@@ -91,7 +93,7 @@ def puna(what: str, side: Side, batch: int, files: Path, context: int, tokens: i
     from puna.engine.options import EngineOptions
     from puna.serve import bench
 
-    options = EngineOptions(activations=side.activations)
+    options = EngineOptions(activations=side.activations, kv=side.kv)
     subject = bench.Subject(str(files / side.file), side.dtype, "cpu", options=options)
     if what == "decode":
         return bench.decode(subject, [batch], context, tokens, 1)["rows"][0]["rate"]
