@@ -131,6 +131,18 @@ def test_an_interrupt_in_the_middle_of_a_step_costs_only_that_step(model, monkey
     assert [found[key].token_ids for key in sorted(found)] == [output.token_ids for output in expected]
 
 
+def test_an_abort_is_told_of_even_if_the_next_step_fails(model, monkeypatch) -> None:
+    engine = engine_of(model)
+    gone, stays = (engine.add([1, 2, 3], SamplingParams(**GREEDY, max_tokens=3)) for _ in range(2))
+    engine.step()
+    engine.abort(gone)
+    with monkeypatch.context() as patch:
+        patch.setattr(engine.runner, "run", lambda batch: 1 / 0)
+        with pytest.raises(ZeroDivisionError):
+            engine.step()
+    assert {key[0]: output.finish_reason for key, output in run(engine).items()} == {gone: "abort", stays: "length"}
+
+
 def test_preemptions_are_told_but_do_not_flood(model, capsys) -> None:
     per_page = 8 * model.spec.kv_bytes_per_token(4)
     engine = engine_of(model, page_size=8, kv_memory=14.5 * per_page / 2**30, max_model_len=100)

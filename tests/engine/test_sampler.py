@@ -30,6 +30,9 @@ from puna.engine.sampling.truncation import choices
 class Mask:
     """Allows some ids, always."""
 
+    def __repr__(self) -> str:  # the name of a test, alike in every process
+        return "Mask"
+
     def __init__(self, *ids: int):
         self.ids = ids
 
@@ -41,6 +44,9 @@ class Mask:
 
 class NoRepeat:
     """Forbids what was said already: depends on the answer so far."""
+
+    def __repr__(self) -> str:  # the name of a test, alike in every process
+        return "NoRepeat"
 
     def allowed(self, generated_ids):
         mask = torch.ones(2000, dtype=torch.bool)

@@ -180,6 +180,7 @@ class Engine:
             draws = self._draw(step, batch)
         except BaseException:
             self.scheduler.cancel()  # an interrupt, or the device failed: nothing of this step counts
+            self._ended = ended + self._ended
             raise
         progress = self._take_in(step, draws)
         if self.speculation is not None:
